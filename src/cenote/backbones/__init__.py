@@ -1,0 +1,1 @@
+"""Pretrained networks behind one face."""

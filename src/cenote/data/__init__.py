@@ -1,0 +1,1 @@
+"""Data sets behind one face; the `datasets` library does the loading."""

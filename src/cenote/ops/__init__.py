@@ -1,0 +1,1 @@
+"""Pure functions of tensors, shared by every family. No modules, no state."""

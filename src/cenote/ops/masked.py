@@ -1,0 +1,59 @@
+"""Reductions over tokens that padding cannot influence.
+
+Every function takes ``mask`` with ``True`` for a real token (``None`` means all are real), computes in float32 or
+better, returns the dtype of its input, and refuses a row without a real token with ``ValueError``. Under
+torch.compile and torch.export that check is left out, since it would read a value from the graph: check once outside
+with :func:`require_real_tokens`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def require_real_tokens(mask: Bool[Tensor, "batch tokens"] | None) -> None:
+    """Raise ``ValueError`` naming the rows of ``mask`` that hold no real token."""
+    if mask is None or torch.compiler.is_compiling():
+        return
+    real = mask.any(dim=-1)
+    if not bool(real.all()):
+        rows = (~real).nonzero().flatten().tolist()
+        raise ValueError(f"every row needs at least one real token, but the mask is all False in row(s) {rows[:10]}")
+
+
+def widen(x: Tensor) -> Tensor:
+    """The tensor in float32, or unchanged if it is already float32 or float64."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def masked_mean(x: Float[Tensor, "batch tokens *rest"], mask: Bool[Tensor, "batch tokens"] | None = None) -> Float[Tensor, "batch *rest"]:
+    """Mean over real tokens: ``sum_n m_n x_n / sum_n m_n``."""
+    require_real_tokens(mask)
+    wide = widen(x)
+    if mask is None:
+        return wide.mean(dim=1).to(x.dtype)
+    keep = mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
+    total = torch.where(keep, wide, wide.new_zeros(())).sum(dim=1)
+    count = mask.sum(dim=1).reshape(-1, *(1,) * (x.ndim - 2))
+    return (total / count).to(x.dtype)
+
+
+def masked_max(x: Float[Tensor, "batch tokens *rest"], mask: Bool[Tensor, "batch tokens"] | None = None) -> Float[Tensor, "batch *rest"]:
+    """Maximum over real tokens; the gradient goes to the maximal token."""
+    require_real_tokens(mask)
+    if mask is not None:
+        keep = mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
+        x = x.masked_fill(~keep, float("-inf"))
+    return x.max(dim=1).values
+
+
+def masked_softmax(scores: Float[Tensor, "batch *rest tokens"], mask: Bool[Tensor, "batch tokens"] | None = None) -> Float[Tensor, "batch *rest tokens"]:
+    """Softmax over the last axis with weight 0 on padding; float32 result for half-precision scores."""
+    require_real_tokens(mask)
+    wide = widen(scores)
+    if mask is not None:
+        keep = mask.reshape(mask.shape[0], *(1,) * (scores.ndim - 2), mask.shape[1])
+        wide = wide.masked_fill(~keep, float("-inf"))
+    return wide.softmax(dim=-1)

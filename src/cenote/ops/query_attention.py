@@ -1,0 +1,88 @@
+"""Attention of a few queries over many tokens, pooled first and projected after.
+
+A cross-attention that reads tokens ``x`` with queries ``q`` costs ``2 N D^2`` when keys ``W_k x`` and values ``W_v x`` are formed
+per token. The same numbers come from moving the key projection into the query, ``q^T W_k x = (W_k^T q)^T x``, and
+the value projection behind the sum, ``sum_n a_n W_v x_n = W_v sum_n a_n x_n``: ``2 N Q D + 2 D^2`` instead. Biases
+follow from ``sum_n a_n = 1``: a key bias cancels in the softmax, a value bias is added once. The affine part of a norm
+before the projections folds the same way, so keys and values depend on no parameter at all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cenote.ops.masked import masked_softmax
+
+
+class Read(NamedTuple):
+    """What the queries read.
+
+    Attributes:
+        pooled: ``sum_n a[q, n] values[n]``, ``(batch, queries, dim)``.
+        weights: attention over the tokens, ``(batch, queries, tokens)``.
+        extra: attention on the extra keys, ``(batch, queries, extras)``, or ``None``.
+    """
+
+    pooled: Tensor
+    weights: Tensor
+    extra: Tensor | None = None
+
+
+def attend(
+    queries: Float[Tensor, "*b queries dim"],
+    keys: Float[Tensor, "batch tokens dim"],
+    values: Float[Tensor, "batch tokens width"],
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+    bias: Float[Tensor, "*c queries tokens"] | None = None,
+    extra: Float[Tensor, "*e queries extras"] | None = None,
+) -> Read:
+    """Softmax attention of effective queries over tokens.
+
+    ``a = softmax(queries keys^T + bias)``, ``pooled = a values``. Scaling belongs in ``queries``.
+
+    Args:
+        queries: ``(queries, dim)`` shared by the batch or ``(batch, queries, dim)``.
+        keys: ``(batch, tokens, dim)``.
+        values: ``(batch, tokens, width)``.
+        mask: real tokens.
+        bias: added to the scores, ``(queries, tokens)`` or ``(batch, queries, tokens)``.
+        extra: scores of further keys that are not in ``keys`` (a class token, say); they take part in the softmax and
+            their weights come back in :attr:`Read.extra`. ``(queries, extras)`` or ``(batch, queries, extras)``.
+    """
+    scores = queries @ keys.transpose(1, 2)
+    if bias is not None:
+        scores = scores + bias
+    if extra is None:
+        weights = masked_softmax(scores, mask)
+        return Read(weights.to(values.dtype) @ values, weights)
+    batch, _, tokens = scores.shape
+    extra = extra.expand(batch, -1, -1)
+    joint = torch.cat([scores, extra.to(scores.dtype)], dim=-1)
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(batch, extra.shape[-1])], dim=1)
+    weights = masked_softmax(joint, mask)
+    on_tokens, on_extra = weights[..., :tokens], weights[..., tokens:]
+    return Read(on_tokens.to(values.dtype) @ values, on_tokens, on_extra)
+
+
+def fold_key_projection(
+    queries: Float[Tensor, "*batch heads head_dim"], key_weight: Float[Tensor, "inner dim"]
+) -> Float[Tensor, "*batch heads dim"]:
+    """Move the key projection into the queries: ``W_k,h^T q_h`` per head, heads being consecutive rows of ``W_k``."""
+    heads, head_dim = queries.shape[-2:]
+    return torch.einsum("...he,hed->...hd", queries, key_weight.view(heads, head_dim, -1))
+
+
+def project_pooled(
+    pooled: Float[Tensor, "*batch heads dim"],
+    value_weight: Float[Tensor, "inner dim"],
+    value_bias: Float[Tensor, "inner"] | None = None,
+) -> Float[Tensor, "*batch inner"]:
+    """Project what each head pooled by its own rows of ``W_v`` and concatenate: ``concat_h W_v,h z_h (+ b)``."""
+    heads = pooled.shape[-2]
+    out = torch.einsum("...hd,hed->...he", pooled, value_weight.view(heads, -1, pooled.shape[-1])).flatten(-2)
+    return out if value_bias is None else out + value_bias

@@ -1,0 +1,127 @@
+"""Poolings by name: ``create_pooling("weighted_layers > efficient_probing", dim=384, num_layers=12)``."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+from cenote.pooling.base import Pooling
+from cenote.pooling.layers import ConcatLayers, LayerReduction, MeanLayers, OneLayer, WeightedLayers
+
+_FILES = {
+    "efficient_probing": "efficient_probing:EfficientProbing",
+}
+_ALIASES = {"ep": "efficient_probing"}
+_LAYER_REDUCTIONS: dict[str, type[LayerReduction]] = {
+    cls.name: cls for cls in (OneLayer, MeanLayers, WeightedLayers, ConcatLayers)
+}
+
+
+def list_poolings() -> list[str]:
+    """Names that :func:`create_pooling` knows, token reductions only."""
+    return sorted(_FILES)
+
+
+def list_layer_reductions() -> list[str]:
+    """Names of the layer reductions that may stand in front of ``>``."""
+    return sorted(_LAYER_REDUCTIONS)
+
+
+def pooling_class(name: str) -> type[Pooling]:
+    """The class behind a pooling name or alias; ``ValueError`` with the nearest names if there is none."""
+    name = _ALIASES.get(name, name)
+    if name not in _FILES:
+        near = difflib.get_close_matches(name, [*_FILES, *_ALIASES, *_LAYER_REDUCTIONS], n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else f"; known are {', '.join(list_poolings())}"
+        raise ValueError(f"unknown pooling {name!r}{hint}")
+    file, _, attribute = _FILES[name].partition(":")
+    return getattr(importlib.import_module(f"cenote.pooling.{file}"), attribute)
+
+
+class ComposedPooling(Pooling):
+    """A layer reduction, then a token reduction."""
+
+    name = "composed"
+    layers = "all"
+
+    def __init__(self, reduction: LayerReduction, pooling: Pooling) -> None:
+        super().__init__(reduction.dim, pooling.out_dim)
+        self.reduction, self.pooling = reduction, pooling
+        self.attends = pooling.attends  # type: ignore[misc]
+        self.permutation_invariant = pooling.permutation_invariant  # type: ignore[misc]
+        self.paper = pooling.paper  # type: ignore[misc]
+        self.query_parameters = tuple(f"pooling.{name}" for name in pooling.query_parameters)  # type: ignore[misc]
+
+    def _pool(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.pooling._pool(self.reduction(tokens), mask)
+
+
+def create_pooling(spec: str, *, dim: int, **options: Any) -> Pooling:
+    """Build a pooling from its name.
+
+    Args:
+        spec: a name of :func:`list_poolings`, optionally with options, ``"efficient_probing(num_queries=8)"``, optionally
+            behind a layer reduction, ``"weighted_layers > mean"``.
+        dim: token width of the backbone.
+        **options: options by keyword; each goes to the part of the composition that takes it. ``num_layers`` and
+            ``grid`` are offered to every part and may go unused.
+
+    Raises:
+        ValueError: unknown name (nearest names suggested), malformed spec, an option that no part takes.
+    """
+    parts = [_parse(part) for part in spec.split(">")]
+    if len(parts) > 2:
+        raise ValueError(f"a spec is 'pooling' or 'layer_reduction > pooling', got {spec!r}")
+    reduction: LayerReduction | None = None
+    width, unused = dim, set(options) - {"num_layers", "grid"}
+    if len(parts) == 2:
+        name, inline = parts[0]
+        if name not in _LAYER_REDUCTIONS:
+            near = difflib.get_close_matches(name, _LAYER_REDUCTIONS, n=3) or list_layer_reductions()
+            raise ValueError(f"unknown layer reduction {name!r}; did you mean {', '.join(near)}?")
+        reduction_class = _LAYER_REDUCTIONS[name]
+        if "num_layers" not in options | inline:
+            raise ValueError(f"{name} needs num_layers")
+        chosen = _accepted(reduction_class, options)
+        unused -= set(chosen)
+        reduction = reduction_class(dim, **{**chosen, **inline})
+        width = reduction.out_dim
+    name, inline = parts[-1]
+    cls = pooling_class(name)
+    chosen = _accepted(cls, options)
+    unused -= set(chosen)
+    if unused:
+        raise ValueError(f"no part of {spec!r} takes the option(s) {', '.join(sorted(unused))}")
+    unknown = set(inline) - set(inspect.signature(cls).parameters)
+    if unknown:
+        raise ValueError(f"{name} takes no option(s) {', '.join(sorted(unknown))}; it takes {inspect.signature(cls)}")
+    pooling = cls(width, **{**chosen, **inline})
+    if reduction is None:
+        return pooling
+    if pooling.layers != "last":
+        raise ValueError(f"{name} reads all layers itself, so no layer reduction can stand in front of it")
+    return ComposedPooling(reduction, pooling)
+
+
+def _parse(part: str) -> tuple[str, dict[str, Any]]:
+    """``"gem(p=3)"`` to ``("gem", {"p": 3})``; only literals are read."""
+    part = part.strip()
+    try:
+        node = ast.parse(part, mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, {}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(f"cannot read {part!r}: write a name such as 'mean' or 'efficient_probing(num_queries=8)'")
+
+
+def _accepted(cls: type, options: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters
+    return {key: value for key, value in options.items() if key in parameters and key != "dim"}

@@ -1,0 +1,1 @@
+"""One file a paper: its claim as a runnable experiment with a verdict."""
