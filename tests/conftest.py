@@ -13,7 +13,7 @@ TYPECHECK = os.environ.get("CENOTE_TYPECHECK", "1") == "1"
 if TYPECHECK:
     from jaxtyping import install_import_hook
 
-    install_import_hook("cenote", "beartype.beartype")
+    install_import_hook("cenote", "typecheck.checker")
 
 import torch
 

@@ -72,17 +72,41 @@ def attend(
 def fold_key_projection(
     queries: Float[Tensor, "*batch heads head_dim"], key_weight: Float[Tensor, "inner dim"]
 ) -> Float[Tensor, "*batch heads dim"]:
-    """Move the key projection into the queries: ``W_k,h^T q_h`` per head, heads being consecutive rows of ``W_k``."""
+    """Move the key projection into the queries: ``W_k,h^T q_h`` per head, heads being consecutive rows of ``W_k``.
+
+    A ``W_k`` of ``head_dim`` rows is one key head that all query heads share (multi-query attention).
+    """
     heads, head_dim = queries.shape[-2:]
+    if key_weight.shape[0] == head_dim:
+        return queries @ key_weight
     return torch.einsum("...he,hed->...hd", queries, key_weight.view(heads, head_dim, -1))
 
 
 def project_pooled(
     pooled: Float[Tensor, "*batch heads dim"],
-    value_weight: Float[Tensor, "inner dim"],
-    value_bias: Float[Tensor, "inner"] | None = None,
+    value_weight: Float[Tensor, "rows dim"],
+    value_bias: Float[Tensor, "rows"] | None = None,
+    shared: bool = False,
 ) -> Float[Tensor, "*batch inner"]:
-    """Project what each head pooled by its own rows of ``W_v`` and concatenate: ``concat_h W_v,h z_h (+ b)``."""
+    """Project what each head pooled by its own rows of ``W_v`` and concatenate: ``concat_h W_v,h z_h (+ b)``.
+
+    With ``shared`` every head is projected by the whole of ``W_v`` (one value head, multi-query attention).
+    """
+    if shared:
+        return torch.nn.functional.linear(pooled, value_weight, value_bias).flatten(-2)
     heads = pooled.shape[-2]
     out = torch.einsum("...hd,hed->...he", pooled, value_weight.view(heads, -1, pooled.shape[-1])).flatten(-2)
     return out if value_bias is None else out + value_bias
+
+
+def spread_heads(queries: Float[Tensor, "*batch heads head_dim"]) -> Float[Tensor, "*batch heads dim"]:
+    """The fold for keys that are not projected: each head's query in its own block of channels, zero elsewhere."""
+    heads = queries.shape[-2]
+    own = torch.eye(heads, dtype=queries.dtype, device=queries.device)[:, :, None]
+    return (queries.unsqueeze(-2) * own).flatten(-2)
+
+
+def own_channels(pooled: Float[Tensor, "*batch heads dim"]) -> Float[Tensor, "*batch dim"]:
+    """The counterpart for values that are not projected: of what each head pooled, its own block of channels."""
+    blocks = pooled.unflatten(-1, (pooled.shape[-2], -1))
+    return blocks.diagonal(dim1=-3, dim2=-2).transpose(-1, -2).flatten(-2)

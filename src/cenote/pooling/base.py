@@ -27,6 +27,9 @@ class Pooling(nn.Module):
         attends: whether there are attention weights to return.
         query_parameters: names of parameters that act as learned queries. They need a larger learning rate than the rest
             under Adam-type optimisers, or attention stays uniform.
+        no_weight_decay_parameters: names of parameters that decay would spoil.
+        padding: where padding tokens may stand: ``"any"`` side of the row, only on the ``"right"`` (positions are counted
+            from the left), or ``"none"`` where the number of tokens is fixed and a mask can only mark some of them unreal.
         paper: slug of the specification, or ``None`` for folklore.
     """
 
@@ -35,6 +38,8 @@ class Pooling(nn.Module):
     permutation_invariant: ClassVar[bool] = True
     attends: ClassVar[bool] = False
     query_parameters: ClassVar[tuple[str, ...]] = ()
+    no_weight_decay_parameters: ClassVar[tuple[str, ...]] = ()
+    padding: ClassVar[Literal["any", "right", "none"]] = "any"
     paper: ClassVar[str | None] = None
 
     def __init__(self, dim: int, out_dim: int | None = None) -> None:
@@ -135,6 +140,11 @@ class QueryPooling(Pooling):
     """
 
     attends = True
+
+    @property
+    def single_read(self) -> bool:
+        """Whether the three steps describe this configuration. ``False`` where it reads the tokens more than once, or in another order."""
+        return True
 
     def forward(
         self,

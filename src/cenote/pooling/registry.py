@@ -14,6 +14,15 @@ from cenote.pooling.base import Pooling
 from cenote.pooling.layers import ConcatLayers, LayerReduction, MeanLayers, OneLayer, WeightedLayers
 
 _FILES = {
+    "attentive_statistics": "attentive_statistics:AttentiveStatistics",
+    "cls": "cls:Cls",
+    "gem": "gem:GeM",
+    "ggem": "ggem:GGeM",
+    "last_token": "last_token:LastToken",
+    "max": "max:Max",
+    "mean": "mean:Mean",
+    "spp": "spp:SPP",
+    "weighted_mean": "weighted_mean:WeightedMean",
     "efficient_probing": "efficient_probing:EfficientProbing",
 }
 _ALIASES = {"ep": "efficient_probing"}
@@ -56,6 +65,8 @@ class ComposedPooling(Pooling):
         self.permutation_invariant = pooling.permutation_invariant  # type: ignore[misc]
         self.paper = pooling.paper  # type: ignore[misc]
         self.query_parameters = tuple(f"pooling.{name}" for name in pooling.query_parameters)  # type: ignore[misc]
+        self.no_weight_decay_parameters = tuple(f"pooling.{name}" for name in pooling.no_weight_decay_parameters)  # type: ignore[misc]
+        self.padding = pooling.padding  # type: ignore[misc]
 
     def _pool(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.pooling._pool(self.reduction(tokens), mask)

@@ -18,7 +18,8 @@ class Settings:
     Attributes:
         quick: the small version (under a minute); the full one takes minutes.
         seeds: one run of every statistical claim for each.
-        data_dir: folder with the larger data sets, or ``None``; findings that need it are then left out and named in ``skipped``.
+        data_dir: folder with the larger data sets, or ``None``; findings that need it are then left out, and
+            the result names the data sets that were missing.
         progress: called with one line of text as the work goes on.
     """
 
@@ -69,7 +70,14 @@ class Finding:
 
 
 def finding(
-    claim: str, expected: str, values: Sequence[float] | float, rule: Callable[[float], bool], *, paper: str = "", unit: str = "", note: str = ""
+    claim: str,
+    expected: str,
+    values: Sequence[float] | float,
+    rule: Callable[[float], bool],
+    *,
+    paper: str = "",
+    unit: str = "",
+    note: str = "",
 ) -> Finding:
     """A finding whose claim holds for a value exactly when ``rule(value)`` is true."""
     numbers = tuple(float(v) for v in values) if isinstance(values, Sequence) else (float(values),)
@@ -84,7 +92,8 @@ class Reproduction:
         slug: the specification.
         claim: the paper's central claim in one sentence.
         run: does the work and returns the findings, the central one first.
-        figure: draws the central finding to a PNG file; ``None`` where a table says it all.
+        figure: draws the findings to a PNG file; ``None`` for one strip of dots a finding.
+        needs: data sets, as names under :attr:`Settings.data_dir`, without which some findings are left out.
     """
 
     slug: str

@@ -1,0 +1,113 @@
+"""``cenote probe``: compare every readout on a frozen backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    backbone: Annotated[
+        str, typer.Option(help="embedded, hf:<id or folder>, timm:<name>, or a hub id such as bert-base-uncased.")
+    ] = "embedded",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="digits, an image folder, a csv/tsv/parquet/json file, or a datasets id; repeat it to compare across data sets."),
+    ] = None,
+    readouts: Annotated[
+        str, typer.Option(help="all, last (one layer), free (no parameters), or names: 'mean,ep(num_queries=8),weighted_layers > mean'.")
+    ] = "all",
+    layers: Annotated[str, typer.Option(help="Hidden states that one-layer readouts are compared at: last, all, or 3,4.")] = "last",
+    tokens: Annotated[str, typer.Option(help="auto, or any of class,patches,both.")] = "auto",
+    task: Annotated[str, typer.Option(help="auto, classification, multilabel or regression.")] = "auto",
+    lrs: Annotated[str | None, typer.Option(help="Learning rates in place of each readout's own grid: 0.001,0.01.")] = None,
+    query_factors: Annotated[str | None, typer.Option(help="Factors on the learned queries' learning rate: 1,10.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Initialisations a configuration.")] = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training part (default: about 600 steps).")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Items a step.")] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd or lars.")] = "adamw",
+    weight_decay: Annotated[float, typer.Option(min=0, help="Decay of weight matrices.")] = 0.0,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop a readout after so many epochs without improvement.")] = None,
+    budget: Annotated[float | None, typer.Option(min=0, help="Minutes after which training stops; the best states so far make the table.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.parquet, report.html and best/.")] = Path("cenote-probe"),
+    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder (give the same options).")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Where features are kept (default: CENOTE_CACHE or ~/.cache/cenote).")] = None,
+    dtype: Annotated[str, typer.Option(help="Of stored features: float32, float16 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub backbone.")] = None,
+    bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Drop a decoder's causal mask.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub repository brings.")] = False,
+    image_column: Annotated[str | None, typer.Option(help="Column of images in a table.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of texts in a table.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels in a table.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many items of each part.")] = None,
+    on_error: Annotated[str, typer.Option(help="raise or skip items that cannot be read.")] = "raise",
+) -> None:
+    """Compare every readout on a frozen backbone and keep the best.
+
+    The backbone runs once; its tokens are stored; all readouts, learning rates and seeds are trained together from the
+    store. The table is ranked by test score; readouts that do not differ significantly share a tie group.
+
+    Examples:
+
+      cenote probe
+
+      cenote probe --backbone hf:facebook/dinov2-small --data photos/ --layers 10,11,12 --budget 30
+
+      cenote probe --backbone bert-base-uncased --data reviews.csv --readouts "mean,cls,ep,weighted_layers > mean"
+    """
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+
+    from cenote.probe.across import compare_across
+    from cenote.probe.display import Terminal
+    from cenote.probe.run import probe
+    from cenote.probe.table import print_table
+
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    folder = resume or out
+    sets = data or ["digits"]
+    columns = {"image_column": image_column, "text_column": text_column, "label_column": label_column, "limit": limit}
+    data_options = {"on_error": on_error, **{key: value for key, value in columns.items() if value is not None}}
+    backbone_options = {
+        key: value
+        for key, value in {"revision": revision, "bidirectional": bidirectional, "trust_remote_code": trust_remote_code}.items()
+        if value
+    }
+    results = []
+    with Terminal() as display:
+        for number, name in enumerate(sets):
+            target = folder if len(sets) == 1 else folder / f"{number}-{Path(name).stem}"
+            results.append(
+                probe(
+                    backbone, name, readouts, layers=layers,
+                    tokens=tokens if tokens == "auto" else [t.strip() for t in tokens.split(",")],
+                    task=None if task == "auto" else task, lrs=_numbers(lrs, "--lrs"),
+                    query_factors=_numbers(query_factors, "--query-factors"), seeds=seeds, epochs=epochs, batch_size=batch_size,
+                    optimizer=optimizer, weight_decay=weight_decay, patience=patience, budget=budget, out=target,
+                    resume=resume is not None, cache_dir=cache_dir, dtype=dtypes[dtype], device=device, display=display,
+                    backbone_options=backbone_options, data_options=data_options,
+                )  # fmt: skip
+            )
+    for result in results:
+        print_table(result)
+    if len(results) > 1:
+        print(compare_across(results, folder))
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from None
+    if not all(n > 0 for n in numbers):
+        raise ValueError(f"{option} takes positive numbers, got {text!r}")
+    return numbers

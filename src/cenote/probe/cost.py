@@ -1,0 +1,53 @@
+"""What a readout costs and how sharply it attends."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cenote.pooling.base import Pooling
+
+
+def macs(pooling: Pooling, head: nn.Module, tokens: Tensor, mask: Tensor | None) -> int:
+    """Multiply-accumulates of pooling and head for one item, counted by torch's own flop counter.
+
+    Matrix products and convolutions count; elementwise work (a mean, a softmax) does not.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        head(pooling._pool(tokens[:1], None if mask is None else mask[:1])[0].float())
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def latency_ms(pooling: Pooling, head: nn.Module, tokens: Tensor, mask: Tensor | None, repeats: int = 5) -> float:
+    """Median time of pooling and head for one item of the given batch, in milliseconds, after one warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        head(pooling._pool(tokens, mask)[0].float())
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) * 1e3 / len(tokens)
+
+
+def attention_entropy(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """Entropy of each query's attention over ``log(tokens)``: 0 looks at one token, 1 is uniform.
+
+    Weights are normalised over tokens first. ``(batch, queries, tokens)`` to the mean over items, ``(queries,)``.
+    Items with a single token are left out.
+    """
+    wide = weights.float()
+    wide = wide / wide.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    entropy = torch.special.entr(wide).sum(dim=-1)
+    count = torch.full((len(wide),), wide.shape[-1]) if mask is None else mask.sum(dim=-1).cpu()
+    many = count > 1
+    if not many.any():
+        return torch.zeros(wide.shape[1])
+    return (entropy[many] / count[many].log()[:, None].to(entropy)).mean(dim=0)

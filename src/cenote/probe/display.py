@@ -1,0 +1,59 @@
+"""What the probe says while it works: what is running, how long it will take, the best so far."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Display(Protocol):
+    """Stages with a known number of steps, and lines of text."""
+
+    def stage(self, name: str, total: int) -> None: ...
+    def advance(self, steps: int = 1, best: str = "") -> None: ...
+    def say(self, line: str) -> None: ...
+
+
+class Quiet:
+    """Says nothing."""
+
+    def stage(self, name: str, total: int) -> None: ...
+    def advance(self, steps: int = 1, best: str = "") -> None: ...
+    def say(self, line: str) -> None: ...
+
+
+class Terminal(AbstractContextManager):
+    """A progress bar on standard error with the time left and the best readout so far; plain lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[best]}"), console=self.console,
+        )  # fmt: skip
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Terminal:
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.progress.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        if not self.console.is_terminal:
+            self.console.print(f"{name} ({total})", highlight=False)
+        if self.task is not None:
+            self.progress.update(self.task, completed=self.progress.tasks[-1].total)
+        self.task = self.progress.add_task(name, total=max(total, 1), best="")
+
+    def advance(self, steps: int = 1, best: str = "") -> None:
+        if self.task is not None:
+            self.progress.update(self.task, advance=steps, **({"best": best} if best else {}))
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False)

@@ -1,0 +1,86 @@
+"""Unlabelled inputs named on a command line: image files and folders, texts, files of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from cenote.types import Modality
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+TABLE_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+class ImageFiles:
+    """Image files, decoded when asked for and turned upright by their EXIF orientation."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        with Image.open(self.paths[index]) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+
+
+def read_inputs(
+    inputs: Sequence[str], modality: Modality, column: str | None = None
+) -> tuple[ImageFiles | list[str], list[str]]:
+    """Items and a name for each.
+
+    For images every input is a file or a folder, which is searched to the bottom. For text it is a ``.csv`` or ``.tsv`` file (one
+    text a row, from ``column``), a ``.txt`` file (one text a line, empty lines left out), or the text itself.
+
+    Raises:
+        ValueError: nothing given or found, a file that does not exist, a table without the column.
+    """
+    if not inputs:
+        raise ValueError("nothing to predict: give at least one input")
+    if modality == "image":
+        paths = [path for given in inputs for path in _image_paths(Path(given))]
+        return ImageFiles(paths), [str(path) for path in paths]
+    pairs = [pair for given in inputs for pair in _texts(given, column)]
+    return [text for text, _ in pairs], [name for _, name in pairs]
+
+
+def _image_paths(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"no such image file or folder: {path}")
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not found:
+        raise ValueError(f"no images in {path}: looked for {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _texts(given: str, column: str | None) -> list[tuple[str, str]]:
+    suffix = Path(given).suffix.lower()
+    if suffix not in (".txt", *TABLE_SEPARATORS) or "\n" in given or not Path(given).is_file():
+        if suffix in (".txt", *TABLE_SEPARATORS) and not any(c.isspace() for c in given):
+            raise ValueError(f"no such file: {given}")
+        return [(given, given)]
+    if suffix == ".txt":
+        lines = Path(given).read_text(encoding="utf-8").splitlines()
+        found = [(line, f"{given}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    else:
+        found = [(text, f"{given}:{n}") for n, text in enumerate(_column(Path(given), TABLE_SEPARATORS[suffix], column), 1)]
+    if not found:
+        raise ValueError(f"{given} holds no text")
+    return found
+
+
+def _column(path: Path, separator: str, column: str | None) -> list[str]:
+    import pandas as pd
+
+    table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+    name = column or ("text" if "text" in table.columns else table.columns[0] if len(table.columns) == 1 else None)
+    if name is None or name not in table.columns:
+        wanted = f"no column {column!r}" if column else "no column 'text' (name one with --column)"
+        raise ValueError(f"{path} has {wanted}; it has {', '.join(map(str, table.columns))}")
+    return table[name].tolist()

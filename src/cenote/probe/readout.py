@@ -1,0 +1,266 @@
+"""The trained artefact: a pooling with its head, saved so that it can be rebuilt, checked and shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from cenote.backbones.base import Backbone
+from cenote.files import write_all
+from cenote.pooling import create_pooling
+from cenote.pooling.base import Pooling
+from cenote.probe.card import model_card
+from cenote.types import Features, Grid, Task, TokenChoice
+
+FORMAT = 1
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+ENCODER_POOLER = "encoder_pooler"
+
+
+@dataclass(frozen=True)
+class ReadoutConfig:
+    """Everything needed to build a :class:`Readout` and to know which features it reads.
+
+    Attributes:
+        pooling: spec for :func:`cenote.pooling.create_pooling`, or ``"encoder_pooler"`` for the encoder's own pooled output.
+        options: constructor options of the pooling beyond ``dim``, JSON-able.
+        dim: width of what it reads (hidden states, or the pooled output for ``"encoder_pooler"``).
+        layers: numbers of the hidden states it reads, in order.
+        tokens: ``"class"``, ``"patches"`` or ``"both"``.
+        grid: patch grid of the backbone, or ``None``.
+        task: classification, multilabel or regression.
+        classes: names in label order; empty for regression.
+        outputs: width of the head (number of classes, or of regression targets).
+        backbone: spec for :func:`cenote.backbones.load_backbone`.
+        revision: commit of a hub backbone, or ``None``.
+        backbone_options: further keywords of ``load_backbone`` that change its features (``bidirectional``, ``max_length``, ...).
+        backbone_fingerprint: :meth:`Backbone.fingerprint` of the backbone it was trained on; empty means unknown.
+        norm_eps: added to the variance by the normalisation in front of the head.
+        target_mean, target_std: regression outputs are ``head * target_std + target_mean``.
+        table: rows of the comparison it came from, for the card.
+        data: name of the data set, for the card.
+    """
+
+    pooling: str
+    dim: int
+    layers: tuple[int, ...]
+    tokens: TokenChoice
+    task: Task
+    outputs: int
+    backbone: str
+    backbone_fingerprint: str = ""
+    revision: str | None = None
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    grid: Grid | None = None
+    classes: tuple[str, ...] = ()
+    norm_eps: float = 1e-6
+    target_mean: float = 0.0
+    target_std: float = 1.0
+    table: tuple[dict[str, Any], ...] = ()
+    data: str = ""
+
+    def __post_init__(self) -> None:
+        if self.task not in ("classification", "multilabel", "regression"):
+            raise ValueError(f"task must be 'classification', 'multilabel' or 'regression', got {self.task!r}")
+        if self.tokens not in ("class", "patches", "both"):
+            raise ValueError(f"tokens must be 'class', 'patches' or 'both', got {self.tokens!r}")
+        if not self.layers:
+            raise ValueError("a readout reads at least one layer, got none")
+        if self.task != "regression" and len(self.classes) != self.outputs:
+            raise ValueError(f"a head of {self.outputs} outputs needs as many class names, got {len(self.classes)}")
+
+    def to_json(self) -> str:
+        """The text of ``config.json``."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ReadoutConfig:
+        """Read ``config.json``; ``ValueError`` when it is not one of this library's readouts."""
+        try:
+            values = json.loads(text)
+            known = {f.name for f in dataclasses.fields(cls)}
+            if values["format"] != FORMAT:
+                raise ValueError(f"it has format {values['format']!r} and this version reads {FORMAT}")
+            values = {key: value for key, value in values.items() if key in known}
+            values |= {key: tuple(values[key]) for key in ("layers", "classes", "table") if key in values}
+            if values.get("grid") is not None:
+                values["grid"] = Grid(*values["grid"])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this config.json does not describe a readout of cenote: {error}") from None
+
+    def build_pooling(self) -> Pooling | None:
+        """A fresh pooling, or ``None`` for ``"encoder_pooler"``."""
+        if self.pooling == ENCODER_POOLER:
+            return None
+        offered = {"num_layers": len(self.layers), "grid": self.grid}
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in self.options.items()}
+        return create_pooling(self.pooling, dim=self.dim, **{k: v for k, v in offered.items() if v is not None} | options)
+
+
+class Readout(nn.Module):
+    """Pooling, normalisation, linear head: ``scores = W norm(pool(features)) + b``.
+
+    ``norm`` is a batch norm without affine part. In eval mode it is ``(v - mean) / sqrt(var + eps)``, so the same module
+    also carries the standardisation of readouts that were fitted in closed form (``eps = 0``, mean and variance of the training vectors).
+    Always built in eval mode.
+
+    Args:
+        config: what it reads and gives.
+        pooling, norm, head: trained parts; ``None`` builds a fresh one from ``config``.
+
+    Raises:
+        ValueError: parts whose widths do not fit each other.
+    """
+
+    def __init__(
+        self,
+        config: ReadoutConfig,
+        pooling: Pooling | None = None,
+        norm: nn.BatchNorm1d | None = None,
+        head: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.pooling = config.build_pooling() if pooling is None else pooling
+        width = config.dim if self.pooling is None else self.pooling.out_dim
+        self.norm = nn.BatchNorm1d(width, eps=config.norm_eps, affine=False) if norm is None else norm
+        self.head = nn.Linear(width, config.outputs) if head is None else head
+        if self.norm.num_features != width or self.head.in_features != width or self.head.out_features != config.outputs:
+            raise ValueError(
+                f"the pooling gives vectors of width {width} for {config.outputs} outputs, but the normalisation has width "
+                f"{self.norm.num_features} and the head is {self.head.in_features} to {self.head.out_features}"
+            )
+        if self.norm.eps != config.norm_eps:
+            raise ValueError(f"config says norm_eps={config.norm_eps}, but the normalisation has eps={self.norm.eps}")
+        self.eval()
+
+    def forward(self, features: Features) -> Float[Tensor, "batch outputs"]:
+        """Logits, or values in the unit of the target for regression.
+
+        Raises:
+            ValueError: the features lack a layer that this readout reads, or the encoder's pooled output.
+        """
+        vector = self.vector(features).float()
+        scores = self.head(self.norm(vector))
+        if self.config.task == "regression":
+            return scores * self.config.target_std + self.config.target_mean
+        return scores
+
+    def vector(self, features: Features) -> Float[Tensor, "batch width"]:
+        """The pooled vector in front of normalisation and head."""
+        if self.pooling is None:
+            if features.pooled is None:
+                raise ValueError("this readout uses the encoder's own pooled output, and these features have none")
+            return features.pooled
+        tokens, mask = self._select(features)
+        return self.pooling(tokens, mask)
+
+    def weights(self, features: Features) -> Float[Tensor, "batch queries tokens"]:
+        """What each query attends to; ``ValueError`` where the pooling does not attend."""
+        if self.pooling is None:
+            raise ValueError("the encoder's own pooler gives no attention weights")
+        tokens, mask = self._select(features)
+        return self.pooling(tokens, mask, return_weights=True)[1]
+
+    def predict_proba(self, features: Features) -> Float[Tensor, "batch classes"]:
+        """Class probabilities: softmax of the scores, or their sigmoid for multi-label; ``ValueError`` for regression."""
+        if self.config.task == "regression":
+            raise ValueError("a regression readout has no class probabilities: call it for its values")
+        scores = self(features)
+        return scores.softmax(dim=-1) if self.config.task == "classification" else scores.sigmoid()
+
+    def _select(self, features: Features) -> tuple[Tensor, Tensor]:
+        missing = [n for n in self.config.layers if n not in features.layers]
+        if missing:
+            raise ValueError(f"this readout reads hidden state(s) {missing}, but the features hold {list(features.layers)}")
+        hidden, mask = features.select(self.config.tokens)
+        index = [features.layers.index(n) for n in self.config.layers]
+        assert self.pooling is not None
+        if self.pooling.layers == "last":
+            return hidden[:, index[-1]], mask
+        return torch.stack([hidden[:, i] for i in index], dim=1), mask
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Raise ``ValueError`` unless ``backbone`` has the weights and the width that this readout was trained on."""
+        expected, found = self.config.backbone_fingerprint, backbone.fingerprint()
+        if expected and expected != found:
+            raise ValueError(
+                f"this readout was trained on {self.config.backbone} with fingerprint {expected[:12]}, but {backbone.spec} has "
+                f"{found[:12]}: other weights give meaningless answers (allow_other_backbone=True to go on)"
+            )
+        if backbone.dim != self.config.dim and self.pooling is not None:
+            raise ValueError(f"this readout reads tokens of width {self.config.dim}, but {backbone.spec} gives {backbone.dim}")
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write ``model.safetensors``, a card ``README.md`` and ``config.json`` into ``folder``, all or none."""
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
+        weights = save_tensors(state, metadata={"format": "pt"})
+        write_all(folder, {WEIGHTS: weights, CARD: model_card(self.config), CONFIG: self.config.to_json()})
+        return Path(folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Readout:
+        """Load from a folder, or from a model repository of the Hugging Face hub.
+
+        Args:
+            source: a folder that :meth:`save_pretrained` wrote, or a repository id such as ``"user/name"``.
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            ValueError: neither a folder with a readout nor a repository; damaged or foreign files.
+        """
+        config_path, weights_path = _locate(source, revision)
+        config = ReadoutConfig.from_json(config_path.read_text())
+        readout = cls(config)
+        try:
+            readout.load_state_dict(load_tensors(weights_path.read_bytes()))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{weights_path} does not hold the weights that its config.json describes: {error}") from None
+        return readout
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str = "Add readout"
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes as one commit, making the repository if need be; returns its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        return str(address)
+
+
+def _locate(source: str | Path, revision: str | None) -> tuple[Path, Path]:
+    """Paths of the configuration and the weights, downloaded where ``source`` is a repository."""
+    folder = Path(source)
+    if folder.is_dir():
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} holds no readout: {name} is missing")
+        return folder / CONFIG, folder / WEIGHTS
+    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
+        raise ValueError(f"no readout at {source}: give a folder written by save_pretrained, or a hub id such as user/name")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        config, weights = (Path(hf_hub_download(str(source), name, revision=revision)) for name in (CONFIG, WEIGHTS))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{source} is not a folder, and no readout could be had from the hub: {reason}") from None
+    return config, weights
