@@ -1,7 +1,7 @@
 """Pretrain a tiny vision transformer by masked autoencoding.
 
-Without options it makes the backbone that ships inside the package, from the training part of scikit-learn's digits only,
-in well under a minute on two cores:
+Without options it makes the backbone that ships inside the package, from the training part of scikit-learn's digits
+only, in well under a minute on two cores:
 
     python tools/pretrain_embedded.py
 
@@ -73,7 +73,15 @@ def main() -> None:
     mean = tuple(round(v, 6) for v in images.mean(dim=(0, 2, 3)).tolist())
     std = tuple(round(v, 6) for v in images.std(dim=(0, 2, 3)).tolist())
     config = TinyViTConfig(
-        options.image_size, options.patch_size, options.channels, options.dim, options.depth, options.heads, 4.0, mean, std
+        options.image_size,
+        options.patch_size,
+        options.channels,
+        options.dim,
+        options.depth,
+        options.heads,
+        4.0,
+        mean,
+        std,
     )
     settings = PretrainSettings(
         epochs=options.epochs,
@@ -92,12 +100,17 @@ def main() -> None:
 
     def report(epoch: int, loss: float) -> None:
         if epoch in (1, settings.epochs) or epoch % 10 == 0:
-            print(f"epoch {epoch:4d} of {settings.epochs}  loss {loss:.4f}  {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"epoch {epoch:4d} of {settings.epochs}  loss {loss:.4f}  {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
 
     encoder = pretrain((images - scale[0]) / scale[1], config, settings, report, options.device)
     save_tiny_vit(encoder, options.out)
     digest = EmbeddedBackbone(options.out).fingerprint()
-    print(f"{len(images)} images; wrote {options.out} ({options.out.stat().st_size / 1e6:.2f} MB), weights {digest[:16]}")
+    print(
+        f"{len(images)} images; wrote {options.out} ({options.out.stat().st_size / 1e6:.2f} MB), weights {digest[:16]}"
+    )
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ def run(*args, **environment):
     )
 
 
-@pytest.mark.parametrize(
-    "args",
-    [[], ["--help"], ["--version"], ["list"], ["show", "ggem"], ["list", "--json"], ["reproduce", "--help"]],
-    ids=" ".join,
-)
+QUICK = [[], ["--version"], ["list"], ["show", "ggem"], ["list", "--json"]]
+HELP = [["--help"], *([verb, "--help"] for verb in cli.VERBS)]
+
+
+@pytest.mark.parametrize("args", QUICK + HELP, ids=" ".join)
 def test_answers_without_heavy_imports(args):
     code = (
         "import sys; import cenote; from cenote.cli import main; status = main(sys.argv[1:]); "
@@ -44,7 +44,7 @@ def test_help_of_every_verb_teaches_by_example(verb, capsys):
     printed = capsys.readouterr().out
     assert f"cenote {verb}" in printed
     if verb != "cache":  # a group: its subcommands have their own help
-        assert "Examples" in printed or "Example" in printed
+        assert "Examples" in printed
 
 
 def test_overview_names_every_verb(capsys):
@@ -98,8 +98,10 @@ def failing(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (ValueError("two\nlines"), 2), (TypeError("x"), 2), (FileNotFoundError(2, "gone", "file"), 2), (OSError(28, "disk full"), 2),
-        (ImportError("no timm: pip install 'cenote[vision]'"), 2), (ValueError(), 2), (KeyboardInterrupt(), 130), (RuntimeError("bug"), 1),
+        (ValueError("two\nlines"), 2), (TypeError("x"), 2), (FileNotFoundError(2, "gone", "file"), 2),
+        (OSError(28, "disk full"), 2),
+        (ImportError("no timm: pip install 'cenote[vision]'"), 2), (ValueError(), 2),
+        (KeyboardInterrupt(), 130), (RuntimeError("bug"), 1),
     ],
 )  # fmt: skip
 def test_errors_inside_a_verb(failing, capsys, error, status):

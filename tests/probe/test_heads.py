@@ -9,7 +9,6 @@ from torch import nn
 
 MEMBERS = [Member(0.1, 1.0, seed) for seed in (3, 4, 5)]
 DIM, GRID = 16, (3, 3)
-STACKS = {"latent_pooling": "last"}
 
 
 def make(name):

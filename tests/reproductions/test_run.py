@@ -1,8 +1,10 @@
 """The frame of reproductions: verdicts, results.json, the evidence page, and what is refused."""
 
+import importlib.util
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -79,8 +81,9 @@ def test_results_file(fake, tmp_path):
     assert [set(each) >= FIELDS for each in objects] == [True, True]
     first, second = objects
     assert first | {"seconds": 0} == {
-        "slug": "ggem", "claim": "EP beats the mean.", "expected": "at least 5", "paper": "9 | 10", "measured": 6.5, "spread": 1.0,
-        "values": [6.0, 7.0], "unit": "points", "seeds": 2, "verdict": "holds", "seconds": 0, "note": "Tiny model.", "quick": True,
+        "slug": "ggem", "claim": "EP beats the mean.", "expected": "at least 5", "paper": "9 | 10",
+        "measured": 6.5, "spread": 1.0, "values": [6.0, 7.0], "unit": "points", "seeds": 2, "verdict": "holds",
+        "seconds": 0, "note": "Tiny model.", "quick": True,
     }  # fmt: skip
     assert (second["measured"], second["spread"], second["seeds"]) == (2e-6, 0.0, 1)
     assert all(each["seconds"] == round(result.seconds, 3) for each in objects)
@@ -172,3 +175,17 @@ def test_an_import_error_inside_a_reproduction_is_not_taken_for_a_missing_one(mo
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     with pytest.raises(ModuleNotFoundError, match="a_library_that_is_not_there"):
         reproduce("zoo-prune")
+
+
+def test_tool_writes_page_numbers_and_picture(fake, tmp_path, monkeypatch):
+    fake()
+    file = Path(__file__).parents[2] / "tools" / "write_evidence.py"
+    spec = importlib.util.spec_from_file_location("write_evidence", file)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setenv("CENOTE_DATA", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["write_evidence.py", "ggem", "--seeds", "2", "--docs", str(tmp_path)])
+    assert tool.main() == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"ggem.md", "ggem.json", "ggem.png"}
+    assert "![Measured values of every claim](ggem.png)" in (tmp_path / "ggem.md").read_text()
+    assert [each["quick"] for each in json.loads((tmp_path / "ggem.json").read_text())] == [False] * 3

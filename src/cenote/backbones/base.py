@@ -45,9 +45,7 @@ class Backbone(ABC):
         """Raw items to the tensors that :meth:`__call__` takes (the backbone's own transform or tokenizer)."""
 
     @abstractmethod
-    def encode(
-        self, batch: dict[str, Tensor], layers: tuple[int, ...], reduce: LayerReducer | None
-    ) -> Features:
+    def encode(self, batch: dict[str, Tensor], layers: tuple[int, ...], reduce: LayerReducer | None) -> Features:
         """One forward pass; see :meth:`__call__`."""
 
     @abstractmethod

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from cenote.backbones.base import Backbone, LayerReducer
 from cenote.backbones.collect import collect
 from cenote.backbones.fingerprint import weights_digest
 from cenote.backbones.tiny_vit import TinyViT, TinyViTConfig
+from cenote.files import write_all
 from cenote.types import Features
 
 SHIPPED = Path(__file__).with_name("embedded.safetensors")
@@ -27,21 +29,23 @@ SHIPPED = Path(__file__).with_name("embedded.safetensors")
 class EmbeddedBackbone(Backbone):
     """A :class:`~cenote.backbones.tiny_vit.TinyViT` pretrained by masked autoencoding.
 
-    The shipped one sees 8 x 8 grey images as 16 patches behind a class token, 64 channels wide, through 4 blocks, and was
-    pretrained on the training part of scikit-learn's digits only. Hidden states 0 to ``depth - 1`` are the plain residual
-    stream; the last one is taken after the final norm, as masked autoencoding trained it to be read.
+    The shipped one sees 8 x 8 grey images as 16 patches behind a class token, 64 channels wide, through 4 blocks, and
+    was pretrained on the training part of scikit-learn's digits only. Hidden states 0 to ``depth - 1`` are the plain
+    residual stream; the last one is taken after the final norm, as masked autoencoding trained it to be read.
 
     Args:
-        path: a ``.safetensors`` file with a ``.json`` configuration beside it, or a folder holding ``embedded.safetensors``;
-            ``None`` for the shipped one.
+        path: a ``.safetensors`` file with a ``.json`` configuration beside it, or a folder holding
+            ``embedded.safetensors``; ``None`` for the shipped one.
         device: where to run.
         dtype: of the weights; float32 unless given.
 
     Raises:
-        ValueError: no such file, a configuration that does not describe a tiny vision transformer, or weights that do not fit it.
+        ValueError: no such file, a configuration that does not describe a tiny vision transformer, or weights that do
+            not fit it.
     """
 
     modality = "image"
+    module: TinyViT
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class EmbeddedBackbone(Backbone):
         return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
 
     def collate(self, items: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """PIL images to ``{"pixel_values": (batch, channels, height, width)}``, scaled by the configuration's mean and deviation."""
+        """PIL images to ``{"pixel_values": (batch, channels, height, width)}``, scaled by its ``mean`` and ``std``."""
         return {"pixel_values": scale_images([self.input_image(item) for item in items], self.config)}
 
     def encode(self, batch: dict[str, Tensor], layers: tuple[int, ...], reduce: LayerReducer | None) -> Features:
@@ -90,21 +94,11 @@ def scale_images(images: Sequence[Image.Image], config: TinyViTConfig) -> Tensor
 
 
 def save_tiny_vit(module: TinyViT, path: str | os.PathLike[str]) -> None:
-    """Write the weights to ``path`` (``.safetensors``) and the configuration beside them (``.json``), each whole or not at all."""
+    """Write the weights to ``path`` (``.safetensors``) and the configuration beside them (``.json``)."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     config = json.dumps(asdict(module.config), indent=2) + "\n"
     state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-    for target, content in ((path.with_suffix(".json"), config.encode()), (path, save(state))):
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_all(path.parent, {path.with_suffix(".json").name: config, path.name: save(state)})
 
 
 def load_tiny_vit(path: str | os.PathLike[str]) -> TinyViT:
@@ -115,9 +109,12 @@ def load_tiny_vit(path: str | os.PathLike[str]) -> TinyViT:
     settings = path.with_suffix(".json")
     for needed in (path, settings):
         if not needed.is_file():
-            raise ValueError(f"an embedded backbone is a .safetensors file with its .json beside it; there is no {needed}")
+            raise ValueError(
+                f"an embedded backbone is a .safetensors file with its .json beside it; there is no {needed}"
+            )
     try:
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(settings.read_text()).items()}
+        read: dict[str, Any] = json.loads(settings.read_text())
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in read.items()}
         module = TinyViT(TinyViTConfig(**fields))
         module.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, TypeError, AttributeError, json.JSONDecodeError) as error:

@@ -17,8 +17,8 @@ SAMPLE_VALUES = 1 << 12
 def weights_digest(module: nn.Module, config: Mapping[str, Any]) -> str:
     """SHA-256 over the configuration and every named tensor of the state dict, in the order of their names.
 
-    Weights above 1 GiB in all are sampled: of each tensor, 4096 values at even distance. Two networks that differ by training
-    differ in some sampled value; one that was edited by hand in a few places may not.
+    Weights above 1 GiB in all are sampled: of each tensor, some 4096 values at even distance. Two networks that differ
+    by training differ in some sampled value; one that was edited by hand in a few places may not.
     """
     state = module.state_dict()
     whole = sum(tensor.numel() * tensor.element_size() for tensor in state.values()) <= WHOLE_BYTES

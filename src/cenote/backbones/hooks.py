@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 Sink = Callable[[int, Tensor], None]
-"""``sink(number, hidden)`` is called once for each wanted hidden state, in the order in which the network computes them."""
+"""``sink(number, hidden)`` is called once for each wanted hidden state, in the order in which they are computed."""
 
 
 def find_blocks(module: nn.Module, count: int | None = None) -> nn.ModuleList | nn.Sequential:

@@ -28,8 +28,8 @@ def load_backbone(
 
     Args:
         spec: ``"embedded"`` (the tiny vision transformer inside the package), ``"embedded:PATH"`` (one trained by
-            ``tools/pretrain_embedded.py``), ``"hf:ID_OR_FOLDER"`` (transformers: vision and text encoders and decoders) or
-            ``"timm:NAME"``. A name without a scheme means ``hf:``.
+            ``tools/pretrain_embedded.py``), ``"hf:ID_OR_FOLDER"`` (transformers: vision and text encoders and
+            decoders) or ``"timm:NAME"``. A name without a scheme means ``hf:``.
         revision: branch, tag or commit of a hub repository.
         dtype: of the weights, ``torch.bfloat16`` or ``"bfloat16"``; the checkpoint's own unless given.
         device: where to run; not together with ``device_map``.
@@ -50,8 +50,9 @@ def load_backbone(
         raise ValueError("give device or device_map, not both")
     if bidirectional and scheme != "hf":
         raise ValueError(f"bidirectional applies to causal language models ('hf:'), not to {spec!r}")
-    if device_map is not None and scheme != "hf":
-        raise ValueError(f"device_map applies to 'hf:' backbones, not to {spec!r}")
+    for option, given in (("device_map", device_map), ("revision", revision)):
+        if given is not None and scheme != "hf":
+            raise ValueError(f"{option} applies to 'hf:' backbones, not to {spec!r}")
     if scheme == "embedded":
         from cenote.backbones.embedded import EmbeddedBackbone
 

@@ -21,11 +21,11 @@ class PretrainSettings:
         epochs: passes over the images.
         mask_ratio: share of the patches hidden from the encoder.
         batch_size: images a step.
-        lr: peak learning rate of AdamW (betas 0.9 and 0.95), reached after ``warmup`` of the steps, then a cosine to zero.
+        lr: peak learning rate of AdamW (betas 0.9, 0.95), reached after ``warmup`` of the steps, then a cosine to zero.
         weight_decay: of matrices; vectors are not decayed.
         decoder_dim, decoder_depth: width and blocks of the decoder, which is thrown away.
-        norm_targets: predict each patch with its own mean and deviation removed. Off, because in patches of a few pixels
-            the mean is most of what there is to predict.
+        norm_targets: predict each patch with its own mean and deviation removed. Off, because in patches of a few
+            pixels the mean is most of what there is to predict.
         flip: mirror half of the images (photographs yes, digits no).
         seed: of weights, order and masks.
     """
@@ -44,10 +44,12 @@ class PretrainSettings:
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encode the visible patches, fill the gaps with one learned token, decode, and predict the pixels that were hidden.
+    """Encode the visible patches, fill the gaps with one learned token, decode, and predict the hidden pixels.
 
     ``loss = mean over hidden patches of |decoder(visible) - pixels|^2``. He et al. (arXiv 2111.06377).
     """
+
+    positions: Tensor
 
     def __init__(self, encoder: TinyViT, settings: PretrainSettings) -> None:
         super().__init__()
@@ -55,12 +57,16 @@ class MaskedAutoencoder(nn.Module):
         self.encoder, self.settings = encoder, settings
         self.bridge = nn.Linear(config.dim, dim)
         self.mask_token = nn.Parameter(torch.empty(dim).normal_(std=0.02))
-        self.blocks = nn.Sequential(*(Block(dim, config.heads, config.mlp_ratio) for _ in range(settings.decoder_depth)))
+        self.blocks = nn.Sequential(
+            *(Block(dim, config.heads, config.mlp_ratio) for _ in range(settings.decoder_depth))
+        )
         self.norm = nn.LayerNorm(dim)
         self.predict = nn.Linear(dim, config.channels * config.patch_size**2)
         self.register_buffer("positions", sincos_positions(config.grid, dim), persistent=False)
 
-    def forward(self, images: Float[Tensor, "batch channels height width"], noise: Float[Tensor, "batch patches"]) -> Tensor:
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], noise: Float[Tensor, "batch patches"]
+    ) -> Tensor:
         """The loss; the patches with the smallest ``noise`` stay visible."""
         patches = self.encoder.embed(images)
         batch, count, _ = patches.shape

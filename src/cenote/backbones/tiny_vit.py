@@ -52,7 +52,7 @@ class TinyViTConfig:
 
 
 def sincos_positions(grid: Grid, dim: int) -> Float[Tensor, "tokens dim"]:
-    """Fixed two-dimensional sine and cosine positions, one row a patch: a quarter of ``dim`` each for sin/cos of row/column."""
+    """Fixed positions, one row a patch: a quarter of ``dim`` each for sine and cosine of row and column."""
     frequencies = 10000.0 ** (-torch.arange(dim // 4) / (dim / 4))
     rows, columns = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
     angles = [axis.reshape(-1, 1).float() * frequencies for axis in (rows, columns)]
@@ -62,7 +62,7 @@ def sincos_positions(grid: Grid, dim: int) -> Float[Tensor, "tokens dim"]:
 def to_patches(
     images: Float[Tensor, "batch channels height width"], patch_size: int
 ) -> Float[Tensor, "batch tokens pixels"]:
-    """Cut images into rows of non-overlapping patches, row by row; pixels of a patch in (channel, row, column) order."""
+    """Cut images into patches, row by row; pixels of a patch in (channel, row, column) order."""
     return F.unfold(images, patch_size, stride=patch_size).transpose(1, 2)
 
 
@@ -95,6 +95,9 @@ class TinyViT(nn.Module):
     fixed sines and cosines, so only patch projection, class token, blocks and the final norm have weights.
     """
 
+    blocks: nn.ModuleList
+    positions: Tensor
+
     def __init__(self, config: TinyViTConfig) -> None:
         super().__init__()
         self.config = config
@@ -110,8 +113,8 @@ class TinyViT(nn.Module):
         return self.patch(to_patches(images, self.config.patch_size)) + self.positions
 
     def encode(self, patches: Float[Tensor, "batch kept dim"]) -> Float[Tensor, "batch tokens dim"]:
-        """Class token in front, blocks, final norm. Any subset of the patches will do: masked autoencoding leaves some out."""
-        tokens = torch.cat([self.class_token.expand(len(patches), 1, -1), patches], dim=1)
+        """Class token in front, blocks, final norm. Any of the patches will do: masked autoencoding leaves some out."""
+        tokens = torch.cat([self.class_token.expand(patches.shape[0], 1, -1), patches], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)

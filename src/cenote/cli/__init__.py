@@ -25,16 +25,22 @@ VERBS = {
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError)  # FileNotFoundError and a full disk are OSErrors
 
 
+def load_verb(name: str) -> typer.Typer:
+    """Import a verb: its file offers a function, or a Typer with subcommands."""
+    module, _, attribute = VERBS[name][0].partition(":")
+    target = getattr(importlib.import_module(module), attribute)
+    if isinstance(target, typer.Typer):
+        return target
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    alone.command(name)(target)
+    return alone
+
+
 class LazyVerb(TyperCommand):
     """Stands in the overview for a verb and turns into the real command when it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        module, _, attribute = VERBS[str(self.name)][0].partition(":")
-        target = getattr(importlib.import_module(module), attribute)
-        if not isinstance(target, typer.Typer):
-            function, target = target, typer.Typer(add_completion=False, rich_markup_mode="rich")
-            target.command(self.name)(function)
-        real = typer.main.get_command(target)
+        real = typer.main.get_command(load_verb(str(self.name)))
         return real.make_context(info_name, args, parent=parent, **extra)
 
 

@@ -22,19 +22,51 @@ class OnError(StrEnum):
 
 
 def command(
-    readout: Annotated[str, typer.Argument(metavar="READOUT", help="A folder that a probe wrote (its best/), or the id of a hub repository.")],
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images or folders of images; or texts, .txt files (a text a line), .csv or .tsv files.")],
+    readout: Annotated[
+        str,
+        typer.Argument(
+            metavar="READOUT", help="A folder that a probe wrote (its best/), or the id of a hub repository."
+        ),
+    ],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Images or folders of images; or texts, .txt files (a text a line), .csv or .tsv files.",
+        ),
+    ],
     top: Annotated[int, typer.Option(min=1, help="Classes listed for each input.")] = 3,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the predictions as JSON to this file ('-': to standard output, instead of the table).")] = None,
+    json_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            help="Also write the predictions as JSON to this file ('-': to standard output, instead of the table).",
+        ),
+    ] = None,
     csv_out: Annotated[Path | None, typer.Option("--csv", help="Also write them as CSV; '-' as above.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs in one pass through the backbone.")] = 32,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
-    on_error: Annotated[OnError, typer.Option(help="What an unreadable input does: fail, or be left out and listed.")] = OnError.fail,
-    column: Annotated[str | None, typer.Option(help="Column of .csv and .tsv files. [default: text, or the only one]", show_default=False)] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, where READOUT is a hub repository.")] = None,
+    on_error: Annotated[
+        OnError, typer.Option(help="What an unreadable input does: fail, or be left out and listed.")
+    ] = OnError.fail,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column of .csv and .tsv files. [default: text, or the only one]", show_default=False),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit, where READOUT is a hub repository.")
+    ] = None,
     backbone: Annotated[str | None, typer.Option(help="Load the backbone from here, if it has moved.")] = None,
-    allow_other_backbone: Annotated[bool, typer.Option("--allow-other-backbone", help="Go on although the backbone's weights differ from those the readout was trained on.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the backbone's hub repository brings along.")] = False,
+    allow_other_backbone: Annotated[
+        bool,
+        typer.Option(
+            "--allow-other-backbone",
+            help="Go on although the backbone's weights differ from those the readout was trained on.",
+        ),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the backbone's hub repository brings along.")
+    ] = False,
 ) -> None:
     """Apply a trained readout to new inputs.
 
@@ -67,9 +99,15 @@ def command(
             raise ValueError(str(error).replace("allow_other_backbone=True", "--allow-other-backbone")) from None
     items, ids = read_inputs(inputs, network.modality, column)
     frame = predict(
-        loaded, network, items, batch_size, top=top, ids=ids, on_error="skip" if on_error is OnError.skip else "raise",
+        loaded,
+        network,
+        items,
+        batch_size,
+        top=top,
+        ids=ids,
+        on_error="skip" if on_error is OnError.skip else "raise",
         allow_other_backbone=True,
-    )  # fmt: skip
+    )
     skipped = frame.attrs["skipped"]
     if csv_out is not None:
         _write(csv_out, frame.to_csv(index=False))

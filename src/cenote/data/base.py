@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from cenote.types import Modality, Task
 
 
+@runtime_checkable
 class Items(Protocol):
     """Raw items, decoded when asked for: PIL images or strings."""
 

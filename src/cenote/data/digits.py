@@ -5,51 +5,35 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import torch
-from PIL import Image
 
-from cenote.data.base import Data, Split
+from cenote.data.items import ArrayImages
+from cenote.data.source import PartName, Source
 from cenote.data.splits import holdout
 
 TEST_ITEMS = 597
 
 
-class ArrayImages:
-    """Grey images held as one ``uint8`` array ``(items, height, width)``, given out as PIL images."""
+def digits_source() -> Source:
+    """The digits, of which 1200 are for training and 597 for the test.
 
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index])
-
-
-def digits_split(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The one division of the digits into 1200 training and 597 test items.
-
-    It depends on nothing, not even on a seed: the embedded backbone was pretrained on exactly these training images, so a
-    test item must never become a training item.
+    The test part depends on nothing, not even on a seed: the embedded backbone was pretrained on exactly these training
+    images, so a test item must never become a training item. A validation part is taken out of the 1200 as ever.
     """
-    return holdout(targets, TEST_ITEMS, seed=0)
+    from sklearn.datasets import load_digits
 
-
-def load_digits(validation_fraction: float = 0.1, seed: int = 0) -> Data:
-    """The digits with their fixed test part; ``seed`` draws only the validation part out of the 1200 training items."""
-    from sklearn.datasets import load_digits as bundled
-
-    bunch = bundled()
+    bunch = load_digits()
     pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
     targets = bunch.target.astype(np.int64)
-    pool, test = digits_split(targets)
-    kept, held = holdout(targets[pool], round(len(pool) * validation_fraction), seed)
-
-    def part(index: np.ndarray) -> Split:
-        digest = hashlib.sha256(pixels[index].tobytes() + targets[index].tobytes()).hexdigest()
-        ids = [f"digit {number}" for number in index]
-        return Split(ArrayImages(pixels[index]), torch.from_numpy(targets[index]), ids, digest)
-
-    classes = tuple(str(name) for name in bunch.target_names)
-    return Data("digits", "image", "classification", classes, part(pool[kept]), part(pool[held]), part(test))
+    parts: list[PartName] = ["train"] * len(targets)
+    for index in holdout(targets, TEST_ITEMS, seed=0)[1]:
+        parts[index] = "test"
+    return Source(
+        name="digits",
+        modality="image",
+        items=ArrayImages(pixels),
+        labels=targets.tolist(),
+        ids=[f"digit {number}" for number in range(len(targets))],
+        digest=hashlib.sha256(pixels.tobytes() + targets.tobytes()).hexdigest(),
+        parts=parts,
+        classes=tuple(str(name) for name in bunch.target_names),
+    )

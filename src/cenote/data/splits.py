@@ -10,8 +10,8 @@ import numpy as np
 def holdout(groups: Sequence[object] | np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose ``count`` items so that every group gives its share.
 
-    Each group gives ``count * size / total`` items, rounded by largest remainder; a group that still has one item to spare
-    never gives its last. Items that have no natural group all go under one value.
+    Each group gives ``count * size / total`` items, rounded by largest remainder, and its last one only when no other
+    group has any to spare. Items that have no natural group all go under one value.
 
     Returns:
         Indices kept and indices held out, both ascending.

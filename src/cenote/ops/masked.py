@@ -59,8 +59,10 @@ def masked_softmax(scores: Float[Tensor, "batch *rest tokens"], mask: Bool[Tenso
     return wide.softmax(dim=-1)
 
 
-def zero_padding(x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None) -> Float[Tensor, "batch tokens dim"]:
-    """Padding set to 0, so that whatever it held (infinities and NaN too) cannot spread through products with a weight of 0."""
+def zero_padding(
+    x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
+) -> Float[Tensor, "batch tokens dim"]:
+    """Padding set to 0, so that whatever it held, NaN too, cannot spread through products with a weight of 0."""
     return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
 
 
@@ -77,31 +79,27 @@ def masked_batch_norm(
 ) -> Float[Tensor, "batch tokens dim"]:
     """Batch normalisation of channels with statistics over the real tokens of the whole batch.
 
-    ``(x - mean) / sqrt(var + eps) * weight + bias``. In training, mean and (biased) variance are those of the batch, and
-    the running statistics move towards mean and unbiased variance by ``momentum``, in place; otherwise the running
-    statistics are used. As ``torch.nn.functional.batch_norm`` on the real tokens laid end to end.
+    ``(x - mean) / sqrt(var + eps) * weight + bias``. In training, mean and (biased) variance are those of the batch,
+    and the running statistics move towards mean and unbiased variance by ``momentum``, in place; otherwise the running
+    statistics are used. As ``torch.nn.functional.batch_norm`` on the real tokens laid end to end; padding comes out
+    as 0 would.
 
     Raises:
         ValueError: training on a single token, whose variance says nothing.
     """
     require_real_tokens(mask)
-    wide = widen(x)
+    wide = zero_padding(widen(x), mask)
     mean, var = running_mean, running_var
     if training:
         if mask is None and x.shape[0] * x.shape[1] < 2:
             raise ValueError(f"batch normalisation in training needs more than one token, got shape {tuple(x.shape)}")
-        if mask is None:
-            count = wide.new_tensor(float(x.shape[0] * x.shape[1]))
-            kept = wide
-        else:
-            count = mask.sum().to(wide.dtype)
-            kept = zero_padding(wide, mask)
-        mean = kept.sum(dim=(0, 1)) / count
-        var = zero_padding(kept - mean, mask).square().sum(dim=(0, 1)) / count
+        count = wide.new_tensor(float(x.shape[0] * x.shape[1])) if mask is None else mask.sum().to(wide.dtype)
+        mean = wide.sum(dim=(0, 1)) / count
+        var = zero_padding(wide - mean, mask).square().sum(dim=(0, 1)) / count
         with torch.no_grad():
             unbiased = var * (count / (count - 1).clamp(min=1))
-            running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-            running_var.lerp_(unbiased.detach().to(running_var.dtype), momentum)
+            running_mean.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype) * momentum)
+            running_var.mul_(1 - momentum).add_(unbiased.detach().to(running_var.dtype) * momentum)
     out = (wide - mean) * (var + eps).rsqrt()
     if weight is not None:
         out = out * weight

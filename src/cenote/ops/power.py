@@ -17,9 +17,9 @@ def power_mean(
 ) -> Float[Tensor, "batch dim"]:
     """Power mean of the real tokens: ``(1/n sum_n y_n^p)^(1/p)`` with ``y = max(x, eps)``.
 
-    Evaluated as ``exp((logsumexp_n(p ln y_n) - ln n) / p)``, so neither a large ``p`` nor a tiny ``y`` leaves the range of
-    float32, which is what it computes in (or float64), under autocast too. ``p = 1`` is the mean, ``p`` to 0 the
-    geometric mean, ``p`` to infinity the maximum. Where ``x < eps`` the gradient is zero.
+    Evaluated as ``exp((logsumexp_n(p ln y_n) - ln n) / p)``, so neither a large ``p`` nor a tiny ``y`` leaves the
+    range of float32, which is what it computes in (or float64), under autocast too. ``p = 1`` is the mean, ``p`` to 0
+    the geometric mean, ``p`` to infinity the maximum. Where ``x < eps`` the gradient is zero.
 
     Args:
         x: tokens; values below ``eps`` count as ``eps``.

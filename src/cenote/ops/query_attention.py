@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cenote.ops.masked import masked_softmax
+from cenote.ops.masked import masked_softmax, widen
 
 
 class Read(NamedTuple):
@@ -53,12 +53,13 @@ def attend(
         extra: scores of further keys that are not in ``keys`` (a class token, say); they take part in the softmax and
             their weights come back in :attr:`Read.extra`. ``(queries, extras)`` or ``(batch, queries, extras)``.
     """
-    scores = queries @ keys.transpose(1, 2)
+    # One batched product also for shared queries: folding the batch into rows makes a tall thin product, which is slower.
+    scores = torch.bmm(queries.expand(keys.shape[0], -1, -1), keys.transpose(1, 2))
     if bias is not None:
         scores = scores + bias
     if extra is None:
         weights = masked_softmax(scores, mask)
-        return Read(weights.to(values.dtype) @ values, weights)
+        return Read(torch.bmm(weights.to(values.dtype), values), weights)
     batch, _, tokens = scores.shape
     extra = extra.expand(batch, -1, -1)
     joint = torch.cat([scores, extra.to(scores.dtype)], dim=-1)
@@ -66,7 +67,7 @@ def attend(
         mask = torch.cat([mask, mask.new_ones(batch, extra.shape[-1])], dim=1)
     weights = masked_softmax(joint, mask)
     on_tokens, on_extra = weights[..., :tokens], weights[..., tokens:]
-    return Read(on_tokens.to(values.dtype) @ values, on_tokens, on_extra)
+    return Read(torch.bmm(on_tokens.to(values.dtype), values), on_tokens, on_extra)
 
 
 def fold_key_projection(
@@ -94,8 +95,9 @@ def project_pooled(
     """
     if shared:
         return torch.nn.functional.linear(pooled, value_weight, value_bias).flatten(-2)
-    heads = pooled.shape[-2]
-    out = torch.einsum("...hd,hed->...he", pooled, value_weight.view(heads, -1, pooled.shape[-1])).flatten(-2)
+    *batch, heads, dim = pooled.shape
+    by_head = pooled.movedim(-2, 0).reshape(heads, -1, dim)
+    out = torch.bmm(by_head, value_weight.view(heads, -1, dim).mT).transpose(0, 1).reshape(*batch, -1)
     return out if value_bias is None else out + value_bias
 
 
@@ -110,3 +112,23 @@ def own_channels(pooled: Float[Tensor, "*batch heads dim"]) -> Float[Tensor, "*b
     """The counterpart for values that are not projected: of what each head pooled, its own block of channels."""
     blocks = pooled.unflatten(-1, (pooled.shape[-2], -1))
     return blocks.diagonal(dim1=-3, dim2=-2).transpose(-1, -2).flatten(-2)
+
+
+def shifted_power(
+    values: Float[Tensor, "batch tokens dim"],
+    exponent: float,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+    batch_minimum: bool = False,
+) -> Float[Tensor, "batch tokens dim"]:
+    """``(v - min(v) + 1e-6)^exponent`` in float32, the minimum over all channels of an item's real tokens; 0 on padding.
+
+    ``batch_minimum`` takes the minimum over the whole batch instead.
+    """
+    wide = widen(values)
+    kept = wide if mask is None else wide.masked_fill(~mask[..., None], float("inf"))
+    low = kept.amin() if batch_minimum else kept.amin(dim=(1, 2), keepdim=True)
+    shifted = wide - low + 1e-6
+    if mask is None:
+        return shifted.pow(exponent)
+    # Padding may lie below the minimum, where a power is NaN and so would be its gradient: 1 in its place, then 0.
+    return torch.where(mask[..., None], torch.where(mask[..., None], shifted, 1.0).pow(exponent), 0.0)

@@ -15,7 +15,7 @@ def weighted_statistics(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     floor: float = 1e-6,
 ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
-    """Weighted mean and standard deviation: ``mu = sum_n w_n x_n``, ``sigma = sqrt(max(sum_n w_n (x_n - mu)^2, floor))``.
+    """Weighted mean ``mu = sum_n w_n x_n`` and deviation ``sigma = sqrt(max(sum_n w_n (x_n - mu)^2, floor))``.
 
     The variance is a sum of squares about the mean: the shorter ``E[x^2] - mu^2`` cancels, and turns negative, where
     the mean is large. The floor keeps the gradient of the root finite for a single token or equal ones.

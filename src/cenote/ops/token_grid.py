@@ -20,21 +20,21 @@ class Cells(NamedTuple):
     Attributes:
         height: rows of the grid.
         width: columns of the grid.
-        index: ``(batch, tokens)``, the cell ``row * width + column`` of each token, or ``height * width`` for a token
+        cell: ``(batch, tokens)``, the cell ``row * width + column`` of each token, or ``height * width`` for a token
             that has none; ``None`` when token n of every item lies in cell n.
     """
 
     height: int
     width: int
-    index: Int[Tensor, "batch tokens"] | None = None
+    cell: Int[Tensor, "batch tokens"] | None = None
 
 
 def locate(tokens: int, mask: Bool[Tensor, "batch tokens"] | None, grid: tuple[int, int] | None) -> Cells:
     """Find the cell of every token.
 
-    With ``grid``: as many tokens as cells, then token n lies in cell n and a masked token leaves its cell empty; or more
-    tokens than cells, then the real tokens of each item must fill the grid exactly. Without ``grid`` each item's real tokens
-    form a square of its own, in the upper left corner of a common one.
+    With ``grid``: as many tokens as cells, then token n lies in cell n and a masked token leaves its cell empty; or
+    more tokens than cells, then the real tokens of each item must fill the grid exactly. Without ``grid`` each item's
+    real tokens form a square of its own, in the upper left corner of a common one.
 
     Raises:
         ValueError: the tokens do not fill the grid, or their number is not a square.
@@ -74,19 +74,19 @@ def to_map(
     size = cells.height * cells.width
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0.0)
-    if cells.index is not None:
+    if cells.cell is not None:
         canvas = x.new_zeros(x.shape[0], size + 1, x.shape[2])
-        x = canvas.scatter(1, cells.index[..., None].expand_as(x), x)[:, :size]
+        x = canvas.scatter(1, cells.cell[..., None].expand_as(x), x)[:, :size]
     return x.transpose(1, 2).unflatten(2, (cells.height, cells.width))
 
 
 def from_map(x: Float[Tensor, "batch dim height width"], cells: Cells) -> Float[Tensor, "batch tokens dim"]:
     """The cell of each token back as a token; 0 for tokens that have none."""
     flat = x.flatten(2).transpose(1, 2)
-    if cells.index is None:
+    if cells.cell is None:
         return flat
     flat = torch.nn.functional.pad(flat, (0, 0, 0, 1))
-    return flat.gather(1, cells.index[..., None].expand(-1, -1, flat.shape[2]))
+    return flat.gather(1, cells.cell[..., None].expand(-1, -1, flat.shape[2]))
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "cells dim"]:

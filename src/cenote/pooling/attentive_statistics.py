@@ -13,10 +13,11 @@ from cenote.pooling.base import Pooling
 class AttentiveStatistics(Pooling):
     """Attention-weighted mean and standard deviation, side by side.
 
-    ``e_n = v^T tanh(W x_n + b)``, ``a = softmax(e)``, ``mu = sum_n a_n x_n``, ``sigma = sqrt(max(sum_n a_n (x_n - mu)^2, variance_floor))``,
-    ``out = [mu, sigma]`` ``(batch, 2 dim)``. Source: "Attentive Statistics Pooling for Deep Speaker Embedding" (arXiv 1803.10963).
-    Parameters: ``hidden_dim * (dim + 2)``. The variance is taken about the mean rather than as a difference of second
-    moments, which cancels in single precision, and the paper's additive constant of the score is left out: softmax ignores it.
+    ``e_n = v^T tanh(W x_n + b)``, ``a = softmax(e)``, ``mu = sum_n a_n x_n``,
+    ``sigma = sqrt(max(sum_n a_n (x_n - mu)^2, variance_floor))``, ``out = [mu, sigma]`` ``(batch, 2 dim)``. Source:
+    "Attentive Statistics Pooling for Deep Speaker Embedding" (arXiv 1803.10963). Parameters:
+    ``hidden_dim * (dim + 2)``. The variance is taken about the mean rather than as a difference of second moments,
+    which cancels in single precision, and the paper's additive constant of the score is left out: softmax ignores it.
 
     Args:
         dim: token width.

@@ -28,8 +28,6 @@ class Pooling(nn.Module):
         query_parameters: names of parameters that act as learned queries. They need a larger learning rate than the rest
             under Adam-type optimisers, or attention stays uniform.
         no_weight_decay_parameters: names of parameters that decay would spoil.
-        padding: where padding tokens may stand: ``"any"`` side of the row, only on the ``"right"`` (positions are counted
-            from the left), or ``"none"`` where the number of tokens is fixed and a mask can only mark some of them unreal.
         paper: slug of the specification, or ``None`` for folklore.
     """
 
@@ -39,7 +37,6 @@ class Pooling(nn.Module):
     attends: ClassVar[bool] = False
     query_parameters: ClassVar[tuple[str, ...]] = ()
     no_weight_decay_parameters: ClassVar[tuple[str, ...]] = ()
-    padding: ClassVar[Literal["any", "right", "none"]] = "any"
     paper: ClassVar[str | None] = None
 
     def __init__(self, dim: int, out_dim: int | None = None) -> None:
@@ -143,7 +140,7 @@ class QueryPooling(Pooling):
 
     @property
     def single_read(self) -> bool:
-        """Whether the three steps describe this configuration. ``False`` where it reads the tokens more than once, or in another order."""
+        """Whether the three steps describe this configuration; not where tokens are read twice or values are learned."""
         return True
 
     def forward(

@@ -62,13 +62,16 @@ class Block(nn.Module):
 class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of token channels ``(batch, tokens, dim)`` that leaves padding out of the statistics."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if self.training and self.num_batches_tracked is not None:
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.training:
             self.num_batches_tracked.add_(1)
-        return masked_batch_norm(
-            x, self.running_mean, self.running_var, mask, self.weight, self.bias,
-            self.training, self.momentum or 0.1, self.eps,
-        )  # fmt: skip
+        momentum = 0.1 if self.momentum is None else self.momentum
+        statistics = self.running_mean, self.running_var
+        return masked_batch_norm(x, *statistics, mask, self.weight, self.bias, self.training, momentum, self.eps)
 
 
 def check_heads(dim: int, num_heads: int) -> None:

@@ -11,8 +11,8 @@ from cenote.pooling.base import Pooling
 class Cls(Pooling):
     """The first token, ``x_0``; no parameters.
 
-    With a mask it is the first real token, the same thing for rows padded on the right and the class token still for rows
-    padded on the left. Whether that token is a class token is the backbone's affair.
+    With a mask it is the first real token, the same thing for rows padded on the right and the class token still for
+    rows padded on the left. Whether that token is a class token is the backbone's affair.
     """
 
     name = "cls"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +18,27 @@ class CrossAttentionPooling(QueryPooling):
     """Multi-head cross-attention, pooled first and projected after.
 
     ``q = W_q N_q(s)``, ``k_n = W_k N_k(x_n)``, ``v_n = W_v N_v(x_n)``,
-    ``y = W_o concat_h sum_n softmax_n(q_h^T k_nh / sqrt(head_dim)) v_nh``, where the source s is learned or the mean of the tokens,
-    each N a layer norm or nothing and each W a linear map or nothing. Tokens are normalised without gain g and bias b:
-    ``q_h^T W_k,h (g * x + b)`` is ``(g * W_k,h^T q_h)^T x`` up to a constant that cancels in the softmax, and
-    ``sum_n a_n (g * x_n + b) = g * sum_n a_n x_n + b``. So is the key bias, where the published layer has one, a
-    parameter without effect.
+    ``y = W_o concat_h sum_n softmax_n(q_h^T k_nh / sqrt(head_dim)) v_nh``, where the source s is learned or the mean
+    of the tokens, each N a layer norm or nothing and each W a linear map or nothing. Tokens are normalised without
+    gain g and bias b: ``q_h^T W_k,h (g * x + b)`` is ``(g * W_k,h^T q_h)^T x`` up to a constant that cancels in the
+    softmax, and ``sum_n a_n (g * x_n + b) = g * sum_n a_n x_n + b``. The key bias cancels too: where a published layer
+    has one it is kept for its weights, without effect.
 
-    Subclasses set the arguments; what some of them do besides goes into :meth:`source`, :meth:`score_bias`, :meth:`values`
-    and :meth:`complete`.
+    Subclasses set the arguments; what some of them do besides goes into :meth:`source`, :meth:`score_bias`,
+    :meth:`values` and :meth:`complete`.
 
     Args:
         dim: token width.
         num_heads: heads, contiguous blocks of channels.
         num_queries: learned queries, or ``None`` for one query made from the mean of the tokens.
+        init: fills the learned queries, in place.
         project: which of query, key, value and output are projected, letters of ``"qkvo"``.
         bias: which of those projections have a bias.
         norms: which of query, key and value are normalised; letters in one string share one norm.
         eps: of the norms.
         norm_bias: whether the norms have a bias besides the gain.
-        reduce: how several queries become one vector: the ``"first"``, their ``"mean"``, or side by side (``"concat"``).
+        reduce: how several queries become one vector: the ``"first"``, their ``"mean"``, or side by side
+            (``"concat"``).
         head_dim: width of a head, ``dim / num_heads`` unless given.
         shared_heads: one key head and one value head for all query heads (multi-query attention).
         own_key: the query's source is also a key and a value, beside the tokens.
@@ -51,6 +53,7 @@ class CrossAttentionPooling(QueryPooling):
         num_heads: int,
         *,
         num_queries: int | None = 1,
+        init: Callable[[Tensor], Any] = nn.init.zeros_,
         project: str = "qkvo",
         bias: str = "",
         norms: Sequence[str] = (),
@@ -82,7 +85,8 @@ class CrossAttentionPooling(QueryPooling):
         if num_queries is None:
             self.register_parameter("queries", None)
         else:
-            self.queries = nn.Parameter(torch.zeros(num_queries, dim))
+            self.queries = nn.Parameter(torch.empty(num_queries, dim))
+            init(self.queries)
 
     def norm(self, letter: str) -> nn.LayerNorm | None:
         """The norm of the query (``"q"``), key (``"k"``) or value (``"v"``), or ``None``."""
@@ -129,7 +133,9 @@ class CrossAttentionPooling(QueryPooling):
         return Query(*(None if part is None else part.flatten(-3, -2) for part in (queries, bias, extra)))  # type: ignore[arg-type]
 
     def score_bias(self, folded: Tensor, prepared: Prepared) -> Tensor | None:
-        """Added to the scores ``(..., queries, heads, tokens)``; ``folded`` are the queries that the keys meet after their norm."""
+        """Added to the scores ``(..., queries, heads, tokens)``; ``folded`` are the queries that the keys meet after
+        their norm.
+        """
         return None
 
     def values(self, read: Read, prepared: Prepared) -> Tensor:
@@ -142,12 +148,15 @@ class CrossAttentionPooling(QueryPooling):
             pooled = pooled if norm.bias is None else pooled + norm.bias
         if self.own_key:
             share = read.extra.unflatten(-2, (-1, self.num_heads))  # type: ignore[union-attr]
-            pooled = pooled + share * self._own(self.source(prepared), norm)
+            own = self._own(self.source(prepared), norm)
+            pooled = pooled + share.to(own.dtype) * own
         return pooled
 
     @staticmethod
     def _own(source: Tensor, norm: nn.LayerNorm | None) -> Tensor:
-        """The source as a key and value, less the bias that :meth:`query` leaves out and :meth:`values` adds for every token."""
+        """The source as a key and value, less the bias that :meth:`query` leaves out and :meth:`values` adds for
+        every token.
+        """
         own = source.unsqueeze(-2)
         return own if norm is None or norm.bias is None else own - norm.bias
 
@@ -163,5 +172,7 @@ class CrossAttentionPooling(QueryPooling):
         return vectors.mean(dim=-2) if self.reduce == "mean" else vectors.flatten(-2)
 
     def complete(self, vectors: Tensor, prepared: Prepared) -> Tensor:
-        """What follows the attention, ``(batch, queries, width)`` to the same: residual and MLP of those that have them."""
+        """What follows the attention, ``(batch, queries, width)`` to the same: residual and MLP of those that have
+        them.
+        """
         return vectors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,14 @@ from cenote.pooling.base import Pooling
 class PowerMeanPooling(Pooling):
     """Power mean over tokens with one learned exponent for each of ``num_groups`` contiguous groups of channels.
 
-    ``f_c = (1/n sum_n max(x_nc - o_c, eps)^p_g)^(1/p_g)``, channel ``c`` in group ``g = floor(c / (dim / num_groups))``.
+    ``f_c = (1/n sum_n max(x_nc - o_c, eps)^p_g)^(1/p_g)``, channel ``c`` in group
+    ``g = floor(c / (dim / num_groups))``.
 
     Tokens are signed and everything below ``eps`` is clamped away, value and gradient, as is usual for this family;
-    :meth:`clamped_fraction` says how much, and an offset ``o`` (:meth:`fit_offset`) avoids it. Exponents take part clamped
-    to ``[p_min, p_max] = [0.01, 1000]``; a plain exponent that reaches the clamp gets no gradient and stays, which
-    ``parametrisation="softplus"``, ``p = p_min + softplus(raw_p)``, cannot. Exponents must not be decayed: towards zero
-    ``1/p`` diverges.
+    :meth:`clamped_fraction` says how much, and an offset ``o`` (:meth:`fit_offset`) avoids it. Exponents take part
+    clamped to ``[p_min, p_max] = [0.01, 1000]``; a plain exponent that reaches the clamp gets no gradient and stays,
+    which ``parametrisation="softplus"``, ``p = p_min + softplus(raw_p)``, cannot. Exponents must not be decayed:
+    towards zero ``1/p`` diverges.
 
     Args:
         dim: token width; must be divisible by ``num_groups``.
@@ -39,6 +40,7 @@ class PowerMeanPooling(Pooling):
 
     no_weight_decay_parameters = ("p", "raw_p")
     p_min, p_max = 1e-2, 1e3
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -114,10 +116,11 @@ class PowerMeanPooling(Pooling):
         return power_mean(self._shift(tokens), p, mask, self.eps).to(tokens.dtype), None
 
     @classmethod
-    def from_reference(cls, state_dict: dict[str, Tensor], **config: Any) -> Self:
+    def from_reference(cls, state_dict: dict[str, Tensor], **config: Any) -> PowerMeanPooling:
         """From a plain tensor of exponents, key ``p`` ``(num_groups,)``; ``config`` holds the options.
 
-        No official code is known; this is the format that GeM layers share. Other values of ``parametrisation`` are converted.
+        No official code is known; this is the format that GeM layers share. Other values of ``parametrisation`` are
+        converted.
         """
         p = state_dict["p"].reshape(-1)
         pool = cls(**config)

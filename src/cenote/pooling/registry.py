@@ -19,11 +19,27 @@ _FILES = {
     "gem": "gem:GeM",
     "ggem": "ggem:GGeM",
     "last_token": "last_token:LastToken",
+    "latent_attention": "latent_attention:LatentAttention",
+    "latent_pooling": "multi_layer:LatentPooling",
     "max": "max:Max",
     "mean": "mean:Mean",
+    "multi_layer_pooling": "multi_layer:MultiLayerPooling",
     "spp": "spp:SPP",
     "weighted_mean": "weighted_mean:WeightedMean",
     "efficient_probing": "efficient_probing:EfficientProbing",
+    "abmilp": "abmilp:AbMILP",
+    "aim": "aim:AIM",
+    "cae": "cae:CAE",
+    "cait": "cait:CaiT",
+    "cbam": "cbam:CBAM",
+    "clip": "clip:ClipPooling",
+    "coca": "coca:CoCa",
+    "dinovit": "dinovit:DINOViT",
+    "dolg": "dolg:DOLG",
+    "esimpool": "esimpool:ESimPool",
+    "jepa": "jepa:JEPA",
+    "siglip": "siglip:SigLIPPooling",
+    "simpool": "simpool:SimPool",
 }
 _ALIASES = {"ep": "efficient_probing"}
 _LAYER_REDUCTIONS: dict[str, type[LayerReduction]] = {
@@ -66,7 +82,6 @@ class ComposedPooling(Pooling):
         self.paper = pooling.paper  # type: ignore[misc]
         self.query_parameters = tuple(f"pooling.{name}" for name in pooling.query_parameters)  # type: ignore[misc]
         self.no_weight_decay_parameters = tuple(f"pooling.{name}" for name in pooling.no_weight_decay_parameters)  # type: ignore[misc]
-        self.padding = pooling.padding  # type: ignore[misc]
 
     def _pool(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.pooling._pool(self.reduction(tokens), mask)

@@ -10,7 +10,7 @@ from cenote.pooling.base import Pooling
 
 
 class WeightedMean(Pooling):
-    """Mean with weights that grow with position, ``sum_i i x_i / sum_i i`` over the real tokens ``i = 1..n``; no parameters.
+    """Mean that weighs by position, ``sum_i i x_i / sum_i i`` over the real tokens ``i = 1..n``; no parameters.
 
     Later tokens of a causal model have seen more of the text. Source: "SGPT: GPT Sentence Embeddings for Semantic
     Search" (arXiv 2202.08904). Positions count real tokens only, so padding on the left shifts nothing.

@@ -12,9 +12,16 @@ if TYPE_CHECKING:
 
 TABLE_ROWS = 20
 COLUMNS = {
-    "readout": "readout", "layers": "layers", "tokens": "tokens", "score": "score", "ci": "95 % interval", "params": "parameters",
-    "macs": "MACs", "latency_ms": "latency (ms)", "tie_group": "tie group",
-}  # fmt: skip
+    "readout": "readout",
+    "layers": "layers",
+    "tokens": "tokens",
+    "score": "score",
+    "ci": "95 % interval",
+    "params": "parameters",
+    "macs": "MACs",
+    "latency_ms": "latency (ms)",
+    "tie_group": "tie group",
+}
 
 
 def model_card(config: ReadoutConfig) -> str:
@@ -35,8 +42,8 @@ def model_card(config: ReadoutConfig) -> str:
         "",
         f"# {_cell(config.pooling)} on {_cell(config.backbone)}",
         "",
-        f"A readout of the frozen backbone `{config.backbone}`, trained{data}. It reads the {config.tokens} tokens of hidden "
-        f"state(s) {layers} and gives {gives}.",
+        f"A readout of the frozen backbone `{config.backbone}`, trained{data}. It reads the {config.tokens} tokens of "
+        f"hidden state(s) {layers} and gives {gives}.",
         "",
         "## How to use it",
         "",
@@ -52,7 +59,8 @@ def model_card(config: ReadoutConfig) -> str:
         "",
         "or, from a shell, `cenote predict path/to/this/folder INPUT...`.",
         "",
-        f"The backbone must be the very one it was trained on (fingerprint `{config.backbone_fingerprint or 'unknown'}`).",
+        "The backbone must be the very one it was trained on "
+        f"(fingerprint `{config.backbone_fingerprint or 'unknown'}`).",
     ]
     if config.classes:
         shown = ", ".join(_cell(name) for name in config.classes[:100])

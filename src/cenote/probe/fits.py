@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cenote.ops.masked import masked_mean
 from cenote.probe.cost import latency_ms
 from cenote.probe.feed import Feed
-from cenote.probe.knn import KNN_NEIGHBOURS, KNN_TEMPERATURES, knn_scores
+from cenote.probe.knn import knn_grid, knn_scores
 from cenote.probe.linear import LinearFit, fit_linear
 from cenote.probe.plan import Candidate, Host
 from cenote.probe.tasks import Objective
@@ -23,6 +23,7 @@ from cenote.probe.train import select_tokens
 from cenote.types import Features
 
 IN_MEMORY = 2**28
+KNN_NEIGHBOURS = (5, 10, 15, 20, 50, 100, 200)
 
 
 @dataclass
@@ -128,21 +129,16 @@ def _knn(train: Feed, validation: Feed, test: Feed, objective: Objective, host: 
         return masked_mean(tokens, None if host.uniform else mask)
 
     bank, val, held_out = (vectors(feed, read) for feed in (train, validation, test))
-    wanted = validation.targets.numpy()
-
-    def score(k: int, temperature: float) -> float:
-        scores = knn_scores(bank, train.targets, val, objective.outputs, k, temperature)
-        return float((scores.argmax(dim=1).numpy() == wanted).mean())
-
-    grid = [(k, t) for k in KNN_NEIGHBOURS if k <= len(bank) for t in KNN_TEMPERATURES] or [(len(bank), KNN_TEMPERATURES[0])]
-    best = max(grid, key=lambda pair: score(*pair))
+    neighbours = [k for k in KNN_NEIGHBOURS if k <= len(bank)] or [len(bank)]
+    settings = knn_grid(bank, train.targets, val, validation.targets, neighbours, num_classes=objective.outputs)
+    best = max(settings, key=lambda setting: setting.top1)
     begin = time.perf_counter()
-    scores = knn_scores(bank, train.targets, held_out, objective.outputs, *best)
+    scores = knn_scores(bank, train.targets, held_out, best.k, best.temperature, objective.outputs)
     latency = (time.perf_counter() - begin) * 1e3 / len(held_out)
     predictions = (scores / scores.sum(dim=1, keepdim=True)).numpy()[None]
     layer = train.layers[-1]
-    extra = {"macs": bank.numel(), "latency_ms": latency, "k": best[0], "temperature": best[1]}
+    extra = {"macs": bank.numel(), "latency_ms": latency, "k": best.k, "temperature": best.temperature}
     seconds = time.perf_counter() - start
     return Fitted(
-        f"knn | {layer} | {choice}", "knn", (layer,), choice, None, None, None, predictions, score(*best), 0, seconds, None, extra
+        f"knn | {layer} | {choice}", "knn", (layer,), choice, None, None, None, predictions, best.top1, 0, seconds, None, extra
     )

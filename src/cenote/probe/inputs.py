@@ -5,27 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
+from cenote.data.folder import image_files
+from cenote.data.items import ImageFiles
 from cenote.types import Modality
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TABLE_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-
-
-class ImageFiles:
-    """Image files, decoded when asked for and turned upright by their EXIF orientation."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        with Image.open(self.paths[index]) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
 
 
 def read_inputs(
@@ -33,8 +17,9 @@ def read_inputs(
 ) -> tuple[ImageFiles | list[str], list[str]]:
     """Items and a name for each.
 
-    For images every input is a file or a folder, which is searched to the bottom. For text it is a ``.csv`` or ``.tsv`` file (one
-    text a row, from ``column``), a ``.txt`` file (one text a line, empty lines left out), or the text itself.
+    For images every input is a file or a folder, which is searched to the bottom. For text it is a ``.csv`` or
+    ``.tsv`` file (one text a row, from ``column``), a ``.txt`` file (one text a line, empty lines left out), or the
+    text itself.
 
     Raises:
         ValueError: nothing given or found, a file that does not exist, a table without the column.
@@ -53,9 +38,9 @@ def _image_paths(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(f"no such image file or folder: {path}")
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    found = image_files(path)
     if not found:
-        raise ValueError(f"no images in {path}: looked for {', '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(f"no images in {path}")
     return found
 
 
@@ -69,7 +54,9 @@ def _texts(given: str, column: str | None) -> list[tuple[str, str]]:
         lines = Path(given).read_text(encoding="utf-8").splitlines()
         found = [(line, f"{given}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     else:
-        found = [(text, f"{given}:{n}") for n, text in enumerate(_column(Path(given), TABLE_SEPARATORS[suffix], column), 1)]
+        found = [
+            (text, f"{given}:{n}") for n, text in enumerate(_column(Path(given), TABLE_SEPARATORS[suffix], column), 1)
+        ]
     if not found:
         raise ValueError(f"{given} holds no text")
     return found

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cenote.probe.tasks import Objective
 
-PENALTIES = tuple(10.0**-k for k in range(0, 7))
+PENALTIES = tuple(10.0**-k for k in range(0, 6))
 CHUNK = 8192
 
 
@@ -55,7 +55,7 @@ def fit_linear(
     validation_targets: Tensor,
     objective: Objective,
     penalties: Sequence[float] = PENALTIES,
-    max_iter: int = 1000,
+    max_iter: int = 500,
     stop: Callable[[], bool] = lambda: False,
 ) -> LinearFit:
     """Fit the path on ``train`` ``(items, width)`` and keep the penalty that scores best on ``validation``.
@@ -124,7 +124,7 @@ def _logistic_path(train, targets, mean, std, objective: Objective, penalties, m
 
     flat = np.zeros(outputs * (width + 1))
     for penalty in sorted(penalties, reverse=True):
-        options = {"maxiter": max_iter, "maxcor": 20, "gtol": 1e-5, "ftol": 1e-9}
+        options = {"maxiter": max_iter, "maxcor": 20, "gtol": 1e-4, "ftol": 1e-8}
         solution = minimize(value_and_gradient, flat, args=(penalty,), jac=True, method="L-BFGS-B", options=options)
         flat = solution.x
         matrix = torch.from_numpy(flat.copy()).float().view(outputs, width + 1)

@@ -20,7 +20,10 @@ BLOCK_LRS = (1e-3, 3e-3)
 
 COMPOSED = ("mean_layers > mean", "weighted_layers > mean", "weighted_layers > efficient_probing", "concat_layers > mean")
 BLOCKS = ("abmilp", "cait", "cbam", "clip", "coca", "dinovit", "dolg", "jepa", "siglip", "latent_attention", "latent_pooling", "multi_layer_pooling")
+HEADS = {"simpool": 1, "esimpool": 12, "aim": 16, "jepa": 16, "cait": 4, "clip": 4}
 CLASS_ONLY = ("cls",)
+EXTRAS = ("knn", "encoder_pooler")
+"""Rows of the table that are no poolings."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,14 @@ def largest_divisor(number: int, at_most: int) -> int:
 
 def default_options(name: str, dim: int) -> dict[str, Any]:
     """Options that make a published default fit a width: heads, queries and groups must divide it."""
-    heads = {"num_heads": {"simpool": 1, "esimpool": 12, "aim": 16, "jepa": 16, "cait": 4, "clip": 4}.get(name, 8)}
-    wanted = {"num_queries": 32, "num_groups": 12, **heads}
+    wanted = {"num_heads": HEADS.get(name, 8), "num_groups": 12}
+    if name == "efficient_probing":
+        wanted["num_queries"] = 32
     parameters = inspect.signature(pooling_class(name)).parameters
     options = {key: largest_divisor(dim, top) for key, top in wanted.items() if key in parameters}
     if name in ("coca", "latent_attention", "latent_pooling", "multi_layer_pooling"):
         # Published at language-model or ImageNet scale; sized here to the width they read.
-        sizes = {"num_latents": 32, "head_dim": max(8, dim // 8), "dim_head": 64, "num_queries": 1, "num_heads": 8}
+        sizes = {"num_latents": 8, "head_dim": max(8, dim // 8), "dim_head": 64, "num_queries": 1, "num_heads": 8}
         options = {key: value for key, value in sizes.items() if key in parameters}
     return options
 
@@ -120,6 +124,7 @@ def plan(
     """
     named = not (isinstance(readouts, str) and readouts in ("all", "last", "free"))
     specs = split_specs(readouts) if named else _group(str(readouts), host)
+    extras, specs = [s for s in specs if s in EXTRAS], [s for s in specs if s not in EXTRAS]
     candidates: list[Candidate] = []
     for spec in specs:
         problem = unfit(spec, host)
@@ -129,7 +134,7 @@ def plan(
             continue
         candidates += _expand(spec, host, layers, tokens, seeds, lrs, query_factors)
     unique = list({candidate.key: candidate for candidate in candidates}.values())
-    if not unique:
+    if not unique and not extras:
         raise ValueError("nothing to compare: no readout fits this backbone and token choice")
     return unique
 

@@ -29,9 +29,9 @@ def predict(
 ) -> pd.DataFrame:
     """Predict items, one row each.
 
-    Columns: ``item``; then for classification ``label_1, probability_1, ...`` of the ``top`` most probable classes; for multi-label
-    the same, and before them ``labels``, those of probability 0.5 or more joined by ``"; "``; for regression ``value`` (``value_1, ...``
-    where there are several).
+    The table has ``item``, then for classification ``label_1, probability_1, ...`` of the ``top`` most probable
+    classes; for multi-label the same, and before them ``labels``, those of probability 0.5 or more joined by
+    ``"; "``; for regression ``value`` (``value_1, ...`` where there are several).
 
     Args:
         readout: from :meth:`Readout.from_pretrained`.
@@ -40,12 +40,13 @@ def predict(
         batch_size: items in one pass through the backbone.
         top: classes listed for each item.
         ids: names of the items; their positions if not given.
-        on_error: what an item that cannot be decoded does: raise, or be left out and listed in ``frame.attrs["skipped"]``.
+        on_error: what an item that cannot be decoded does: raise, or be left out and listed in
+            ``frame.attrs["skipped"]``.
         allow_other_backbone: do not insist on the backbone that the readout was trained on.
 
     Raises:
-        ValueError: no items, none that can be decoded, wrong backbone, batch size or ``top`` below 1, scores that are not finite
-            (the item is named).
+        ValueError: no items, none that can be decoded, wrong backbone, batch size or ``top`` below 1, scores that are
+            not finite (the item is named).
     """
     import pandas as pd
 
@@ -55,7 +56,9 @@ def predict(
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
     names = [str(i) for i in range(len(items))] if ids is None else list(ids)
     if len(items) == 0 or len(names) != len(items):
-        raise ValueError(f"expected at least one item and a name for each, got {len(items)} items and {len(names)} names")
+        raise ValueError(
+            f"expected at least one item and a name for each, got {len(items)} items and {len(names)} names"
+        )
     if not allow_other_backbone:
         readout.check_backbone(backbone)
 
@@ -68,7 +71,9 @@ def predict(
             raise ValueError(f"the scores of {', '.join(broken[:3])} are not finite")
         rows += [{"item": name, **_row(readout, row, top)} for name, row in zip(batch_names, outputs, strict=True)]
     if not rows:
-        raise ValueError(f"none of the {len(items)} items could be read; the first: {skipped[0].id}: {skipped[0].reason}")
+        raise ValueError(
+            f"none of the {len(items)} items could be read; the first: {skipped[0].id}: {skipped[0].reason}"
+        )
     frame = pd.DataFrame(rows)
     frame.attrs["skipped"] = tuple(skipped)
     return frame

@@ -33,7 +33,8 @@ class ReadoutConfig:
     """Everything needed to build a :class:`Readout` and to know which features it reads.
 
     Attributes:
-        pooling: spec for :func:`cenote.pooling.create_pooling`, or ``"encoder_pooler"`` for the encoder's own pooled output.
+        pooling: spec for :func:`cenote.pooling.create_pooling`, or ``"encoder_pooler"`` for the encoder's own pooled
+            output.
         options: constructor options of the pooling beyond ``dim``, JSON-able.
         dim: width of what it reads (hidden states, or the pooled output for ``"encoder_pooler"``).
         layers: numbers of the hidden states it reads, in order.
@@ -44,7 +45,8 @@ class ReadoutConfig:
         outputs: width of the head (number of classes, or of regression targets).
         backbone: spec for :func:`cenote.backbones.load_backbone`.
         revision: commit of a hub backbone, or ``None``.
-        backbone_options: further keywords of ``load_backbone`` that change its features (``bidirectional``, ``max_length``, ...).
+        backbone_options: further keywords of ``load_backbone`` that change its features (``bidirectional``,
+            ``max_length``, ...).
         backbone_fingerprint: :meth:`Backbone.fingerprint` of the backbone it was trained on; empty means unknown.
         norm_eps: added to the variance by the normalisation in front of the head.
         target_mean, target_std: regression outputs are ``head * target_std + target_mean``.
@@ -107,15 +109,18 @@ class ReadoutConfig:
             return None
         offered = {"num_layers": len(self.layers), "grid": self.grid}
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in self.options.items()}
-        return create_pooling(self.pooling, dim=self.dim, **{k: v for k, v in offered.items() if v is not None} | options)
+        return create_pooling(
+            self.pooling, dim=self.dim, **{k: v for k, v in offered.items() if v is not None} | options
+        )
 
 
 class Readout(nn.Module):
     """Pooling, normalisation, linear head: ``scores = W norm(pool(features)) + b``.
 
-    ``norm`` is a batch norm without affine part. In eval mode it is ``(v - mean) / sqrt(var + eps)``, so the same module
-    also carries the standardisation of readouts that were fitted in closed form (``eps = 0``, mean and variance of the training vectors).
-    Always built in eval mode.
+    ``norm`` is a batch norm without affine part. In eval mode it is ``(v - mean) / sqrt(var + eps)``, so the same
+    module also carries the standardisation of readouts that were fitted in closed form (``eps = 0``, mean and
+    variance of the training vectors). Always in eval mode and frozen when built: ``train().requires_grad_()`` to go
+    on training.
 
     Args:
         config: what it reads and gives.
@@ -138,14 +143,19 @@ class Readout(nn.Module):
         width = config.dim if self.pooling is None else self.pooling.out_dim
         self.norm = nn.BatchNorm1d(width, eps=config.norm_eps, affine=False) if norm is None else norm
         self.head = nn.Linear(width, config.outputs) if head is None else head
-        if self.norm.num_features != width or self.head.in_features != width or self.head.out_features != config.outputs:
+        if (
+            self.norm.num_features != width
+            or self.head.in_features != width
+            or self.head.out_features != config.outputs
+        ):
             raise ValueError(
-                f"the pooling gives vectors of width {width} for {config.outputs} outputs, but the normalisation has width "
-                f"{self.norm.num_features} and the head is {self.head.in_features} to {self.head.out_features}"
+                f"the pooling gives vectors of width {width} for {config.outputs} outputs, but the normalisation has "
+                f"width {self.norm.num_features} and the head is {self.head.in_features} to {self.head.out_features}"
             )
         if self.norm.eps != config.norm_eps:
             raise ValueError(f"config says norm_eps={config.norm_eps}, but the normalisation has eps={self.norm.eps}")
-        self.eval()
+        # Frozen, because a backbone's features are inference tensors, which autograd refuses to record.
+        self.eval().requires_grad_(False)
 
     def forward(self, features: Features) -> Float[Tensor, "batch outputs"]:
         """Logits, or values in the unit of the target for regression.
@@ -176,7 +186,7 @@ class Readout(nn.Module):
         return self.pooling(tokens, mask, return_weights=True)[1]
 
     def predict_proba(self, features: Features) -> Float[Tensor, "batch classes"]:
-        """Class probabilities: softmax of the scores, or their sigmoid for multi-label; ``ValueError`` for regression."""
+        """Softmax of the scores, or their sigmoid for multi-label; ``ValueError`` for regression."""
         if self.config.task == "regression":
             raise ValueError("a regression readout has no class probabilities: call it for its values")
         scores = self(features)
@@ -185,7 +195,9 @@ class Readout(nn.Module):
     def _select(self, features: Features) -> tuple[Tensor, Tensor]:
         missing = [n for n in self.config.layers if n not in features.layers]
         if missing:
-            raise ValueError(f"this readout reads hidden state(s) {missing}, but the features hold {list(features.layers)}")
+            raise ValueError(
+                f"this readout reads hidden state(s) {missing}, but the features hold {list(features.layers)}"
+            )
         hidden, mask = features.select(self.config.tokens)
         index = [features.layers.index(n) for n in self.config.layers]
         assert self.pooling is not None
@@ -198,11 +210,14 @@ class Readout(nn.Module):
         expected, found = self.config.backbone_fingerprint, backbone.fingerprint()
         if expected and expected != found:
             raise ValueError(
-                f"this readout was trained on {self.config.backbone} with fingerprint {expected[:12]}, but {backbone.spec} has "
-                f"{found[:12]}: other weights give meaningless answers (allow_other_backbone=True to go on)"
+                f"this readout was trained on {self.config.backbone} with fingerprint {expected[:12]}, but "
+                f"{backbone.spec} has {found[:12]}: other weights give meaningless answers "
+                "(allow_other_backbone=True to go on)"
             )
         if backbone.dim != self.config.dim and self.pooling is not None:
-            raise ValueError(f"this readout reads tokens of width {self.config.dim}, but {backbone.spec} gives {backbone.dim}")
+            raise ValueError(
+                f"this readout reads tokens of width {self.config.dim}, but {backbone.spec} gives {backbone.dim}"
+            )
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``model.safetensors``, a card ``README.md`` and ``config.json`` into ``folder``, all or none."""
@@ -228,13 +243,20 @@ class Readout(nn.Module):
         try:
             readout.load_state_dict(load_tensors(weights_path.read_bytes()))
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{weights_path} does not hold the weights that its config.json describes: {error}") from None
+            raise ValueError(
+                f"{weights_path} does not hold the weights that its config.json describes: {error}"
+            ) from None
         return readout
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str = "Add readout"
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Add readout",
     ) -> str:
-        """Upload what :meth:`save_pretrained` writes as one commit, making the repository if need be; returns its address."""
+        """Upload what :meth:`save_pretrained` writes as one commit, into a new repository if need be; its address."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -254,7 +276,9 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, Path]:
                 raise ValueError(f"{folder} holds no readout: {name} is missing")
         return folder / CONFIG, folder / WEIGHTS
     if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
-        raise ValueError(f"no readout at {source}: give a folder written by save_pretrained, or a hub id such as user/name")
+        raise ValueError(
+            f"no readout at {source}: give a folder written by save_pretrained, or a hub id such as user/name"
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -22,7 +22,7 @@ from cenote.probe.display import Display, Quiet
 from cenote.probe.extract import extract
 from cenote.probe.feed import Feed
 from cenote.probe.fits import Fitted, fit_free
-from cenote.probe.plan import Candidate, Host, plan, reads_stack, split_specs
+from cenote.probe.plan import EXTRAS, Candidate, Host, plan, reads_stack, split_specs
 from cenote.probe.result import Gallery, ProbeResult, Row
 from cenote.probe.statistics import bootstrap_interval, tie_groups
 from cenote.probe.tasks import Objective, to_device_targets
@@ -221,7 +221,7 @@ def _stored_layers(readouts: str | Sequence[str], wanted: tuple[int, ...], num_l
     """The hidden states to extract: those asked for, and every block where a readout of several layers has only one."""
     if isinstance(readouts, str) and readouts in ("last", "free"):
         return tuple(sorted(set(wanted)))
-    stack = readouts == "all" or any(reads_stack(s) for s in split_specs(readouts) if s not in ("knn", "encoder_pooler"))
+    stack = readouts == "all" or any(reads_stack(s) for s in split_specs(readouts) if s not in EXTRAS)
     if stack and len(set(wanted)) == 1:
         return tuple(sorted({*wanted, *range(1, num_layers + 1)}))
     return tuple(sorted(set(wanted)))
@@ -249,7 +249,7 @@ def _train(groups, turns, validation, schedule: Schedule, folder, display: Displ
 
 def _fit_free(free, names, train, validation, test, objective, host, display, stop) -> list[Outcome]:
     everything = names in (["all"], ["last"], ["free"])
-    extras = [n for n in ("knn", "encoder_pooler") if everything or n in names]
+    extras = [n for n in EXTRAS if everything or n in names]
     if not free and not extras:
         return []
     display.stage("fit linear models", len(free) + len(extras))

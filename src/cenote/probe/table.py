@@ -13,6 +13,8 @@ from cenote.probe.result import ProbeResult
 def print_table(result: ProbeResult, console: Console | None = None) -> None:
     """Print the rows, best first; a rule separates tie groups."""
     console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=150)
     settings = result.settings
     metric = result.rows[0].metric if result.rows else "score"
     table = Table(title=f"{settings['backbone']} on {settings['data']}: {metric} on {len(result.targets)} test items", title_justify="left")

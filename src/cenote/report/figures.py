@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 def pareto_front(cost: Float[np.ndarray, "n"], score: Float[np.ndarray, "n"]) -> list[int]:
     """Indices of the points that no other beats, cheapest first.
 
-    ``i`` is on the front unless some ``j`` has ``cost_j <= cost_i`` and ``score_j >= score_i`` with one of the two strict. Points with
-    a NaN are never on it; of equal points all are.
+    ``i`` is on the front unless some ``j`` has ``cost_j <= cost_i`` and ``score_j >= score_i`` with one of the two
+    strict. Points with a NaN are never on it; of equal points all are.
     """
     known = [i for i in range(len(cost)) if np.isfinite(cost[i]) and np.isfinite(score[i])]
     front: list[int] = []
@@ -31,14 +31,14 @@ class Calibration(NamedTuple):
 
     Attributes:
         edges: borders of the bins, ``(bins + 1,)``.
-        count: predictions in each bin.
+        counts: predictions in each bin.
         confidence: their mean confidence (NaN in an empty bin).
         accuracy: their mean correctness (NaN in an empty bin).
-        ece: expected calibration error, ``sum_b count_b / n |accuracy_b - confidence_b|``.
+        ece: expected calibration error, ``sum_b counts_b / n |accuracy_b - confidence_b|``.
     """
 
     edges: np.ndarray
-    count: np.ndarray
+    counts: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
     ece: float
@@ -96,7 +96,7 @@ def per_class_accuracy(matrix: Int[np.ndarray, "classes classes"]) -> Float[np.n
 
 
 class LabelScores(NamedTuple):
-    """Per-class quality of a multi-label readout, each ``(classes,)``: means over seeds, decisions at probability 0.5."""
+    """Quality of each label, ``(classes,)``: means over seeds, decisions at probability 0.5."""
 
     average_precision: np.ndarray
     precision: np.ndarray
@@ -133,8 +133,10 @@ class Residuals(NamedTuple):
     rmse: float
 
 
-def residuals(values: Float[np.ndarray, "seeds items outputs"], targets: Shaped[np.ndarray, "items *outputs"]) -> Residuals:
-    """Predictions beside targets, with ``R^2 = 1 - sum (y - p)^2 / sum (y - mean y)^2``, mean absolute and root mean square error."""
+def residuals(
+    values: Float[np.ndarray, "seeds items outputs"], targets: Shaped[np.ndarray, "items *outputs"]
+) -> Residuals:
+    """Predictions beside targets; ``R^2 = 1 - sum (y - p)^2 / sum (y - mean y)^2``, mean absolute and RMS error."""
     target = np.broadcast_to(targets.reshape(values.shape[1:]), values.shape).astype(float)
     error = target - values
     centred = target - target.mean(axis=1, keepdims=True)

@@ -13,6 +13,8 @@ GOOD, BAD = "#2a7f62", "#b3402e"
 def draw_findings(findings: list[Finding], path: Path) -> None:
     """Draw every value of every finding to a PNG file, coloured by whether it satisfies the claim.
 
+    Findings of a single value are left to the table, unless there are no others.
+
     Raises:
         ImportError: matplotlib (the extra ``plots``) is not installed.
     """
@@ -20,6 +22,7 @@ def draw_findings(findings: list[Finding], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("drawing needs matplotlib: pip install 'cenote[plots]'") from None
+    findings = [finding for finding in findings if len(finding.values) > 1] or findings
     figure = Figure(figsize=(8, 0.6 + 1.15 * len(findings)), layout="constrained")
     axes = figure.subplots(len(findings), 1, squeeze=False)[:, 0]
     for axis, finding in zip(axes, findings, strict=True):

@@ -1,0 +1,1 @@
+"""Thin faces between this library and others."""

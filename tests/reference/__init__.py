@@ -1,0 +1,1 @@
+"""Plain, slow forms that the library is held against."""

@@ -1,0 +1,87 @@
+"""What README and CONTRIBUTING show is true: code blocks run, commands exist, tables are complete."""
+
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import typer
+
+from cenote import cli
+from cenote.catalog import find
+from cenote.pooling import create_pooling, list_layer_reductions, list_poolings, registry
+from cenote.reproductions.base import Settings
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def blocks(page):
+    """The Python code blocks of a page, unindented."""
+    for indent, code in re.findall(r"^( *)```python\n(.*?)^\1```", page, re.DOTALL | re.MULTILINE):
+        yield "\n".join(line.removeprefix(indent) for line in code.splitlines())
+
+
+@pytest.mark.parametrize("code", list(blocks(README)), ids=lambda code: code.splitlines()[0])
+def test_readme_code_runs(code, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CENOTE_CACHE", str(tmp_path / "cache"))
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_make_targets_exist(page):
+    named = set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", page, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+    assert named
+    assert named <= targets
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"^ {4}(cenote .+)$", README, re.MULTILINE))))
+def test_command_lines_are_understood(line):
+    """Verb, options and names of every shown command exist (nothing is run)."""
+    verb, *args = shlex.split(line)[1:]
+    target = cli.load_verb(verb)
+    options = {name for parameter in typer.main.get_command(target).params for name in parameter.opts}
+    assert {arg for arg in args if arg.startswith("--")} <= options
+    if verb in ("show", "reproduce"):
+        find(args[0])
+
+
+def test_verbs_in_the_table_are_the_verbs():
+    assert set(re.findall(r"`cenote ([a-z]+)`", README)) == set(cli.VERBS)
+
+
+def test_table_of_readouts_is_complete():
+    section = README.partition("## Readouts")[2].partition("\n## ")[0]
+    named = {name for row in section.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row)}
+    assert named - set(registry._ALIASES) == set(list_poolings())
+    assert set(re.findall(r"`(\w+_layers?)`", section)) == set(list_layer_reductions())
+
+
+def test_files_that_are_named_exist():
+    for page in (README, CONTRIBUTING):
+        for path in re.findall(r"\]\((?!https?:)([\w./-]+)\)", page):
+            assert (ROOT / path).exists(), path
+    for path in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./]+)`", CONTRIBUTING):
+        assert "your_method" in path or (ROOT / path).exists(), path
+
+
+def test_contributing_recipe_works(monkeypatch):
+    """The example readout, registered as told, and its example reproduction."""
+    method, reproduction = blocks(CONTRIBUTING)
+    module = types.ModuleType("cenote.pooling.your_method")
+    exec(compile(method, "your_method.py", "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    line = re.search(r'"(root_mean_square)": "([\w:]+)"', CONTRIBUTING)
+    monkeypatch.setitem(registry._FILES, line[1], line[2])
+    assert create_pooling("root_mean_square", dim=4).name in list_poolings()
+    scope = {}
+    exec(compile(reproduction, "reproductions/your_method.py", "exec"), scope)
+    (found,) = scope["REPRODUCTION"].run(Settings())
+    assert found.verdict == "holds"
+    assert len(found.values) == 3
