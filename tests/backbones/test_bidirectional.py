@@ -41,12 +41,9 @@ IDS = torch.arange(3, 12)[None]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", SUPPORTED)
-@pytest.mark.parametrize("windowed", [False, True])
-def test_every_token_sees_every_real_token_and_no_padding(kind, attention, windowed):
-    if windowed and kind not in WINDOWED:
-        pytest.skip(f"{kind} has no sliding window")
-    model = decoder(kind, attention, **(WINDOWED[kind] if windowed else {}))
+@pytest.mark.parametrize(("kind", "settings"), [*((kind, {}) for kind in SUPPORTED), *WINDOWED.items()])
+def test_every_token_sees_every_real_token_and_no_padding(kind, settings, attention):
+    model = decoder(kind, attention, **settings)
     late = IDS.clone()
     late[0, -1] = 40
     assert torch.equal(

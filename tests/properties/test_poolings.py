@@ -138,7 +138,7 @@ def test_half_precision(spec, dtype, tolerance):
         reference = pool(tokens, mask)
         with torch.autocast("cpu", dtype=dtype):
             assert distance(pool(tokens, mask), reference) < tolerance
-            assert bool(pool(100 * tokens, mask).isfinite().all())
+            assert bool(pool(300 * tokens, mask).isfinite().all())
         narrow = build(spec).to(dtype)(tokens.to(dtype), mask)
     assert narrow.dtype == dtype
     assert distance(narrow, reference) < 2 * tolerance

@@ -88,18 +88,18 @@ class TestSelectHardNegatives:
     positive = torch.tensor([0.8, 0.4])
 
     def test_best_below_the_margin(self):
-        chosen = select_hard_negatives(self.scores, self.positive, top_k=2)  # limits 0.76 and 0.38
-        assert chosen.index.tolist() == [[2, 3], [2, 3]]
-        assert chosen.valid.all()
+        picked = select_hard_negatives(self.scores, self.positive, top_k=2)  # limits 0.76 and 0.38
+        assert picked.chosen.tolist() == [[2, 3], [2, 3]]
+        assert picked.valid.all()
 
     def test_margin_of_one_admits_all_below_the_positive(self):
-        chosen = select_hard_negatives(self.scores, self.positive, top_k=3, margin=1.0)
-        assert chosen.index.tolist() == [[1, 2, 3], [2, 3, 4]]
+        picked = select_hard_negatives(self.scores, self.positive, top_k=3, margin=1.0)
+        assert picked.chosen.tolist() == [[1, 2, 3], [2, 3, 4]]
 
     def test_too_few_candidates_are_marked(self):
-        chosen = select_hard_negatives(self.scores, self.positive, top_k=4, margin=0.5)
-        assert chosen.valid.tolist() == [[True, True, False, False], [True, True, False, False]]
-        assert chosen.index[:, :2].tolist() == [[3, 4], [3, 4]]
+        picked = select_hard_negatives(self.scores, self.positive, top_k=4, margin=0.5)
+        assert picked.valid.tolist() == [[True, True, False, False], [True, True, False, False]]
+        assert picked.chosen[:, :2].tolist() == [[3, 4], [3, 4]]
 
     def test_planted_duplicates_of_the_positive_are_removed(self):
         torch.manual_seed(0)
@@ -107,12 +107,12 @@ class TestSelectHardNegatives:
         p = F.normalize(q + 0.1 * torch.randn(50, 32), dim=-1)
         duplicates = F.normalize(p + 0.002 * torch.randn(50, 32), dim=-1)
         documents = torch.cat([duplicates, F.normalize(torch.randn(200, 32), dim=-1)])
-        chosen = select_hard_negatives(q @ documents.T, (q * p).sum(1), top_k=5)
-        assert not (chosen.index == torch.arange(50)[:, None])[chosen.valid].any()
+        picked = select_hard_negatives(q @ documents.T, (q * p).sum(1), top_k=5)
+        assert not (picked.chosen == torch.arange(50)[:, None])[picked.valid].any()
 
     def test_negative_positive_score_keeps_its_sense(self):
-        chosen = select_hard_negatives(torch.tensor([[-0.1, -0.42, -0.5]]), torch.tensor([-0.4]), top_k=3)
-        assert chosen.index[chosen.valid[None].squeeze(0)].tolist() == [2]
+        picked = select_hard_negatives(torch.tensor([[-0.1, -0.42, -0.5]]), torch.tensor([-0.4]), top_k=3)
+        assert picked.chosen[picked.valid[None].squeeze(0)].tolist() == [2]
 
     def test_bad_input(self):
         for margin in (0, 1.1, -0.5):

@@ -18,7 +18,7 @@ SUPPORTED = ("gemma", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "
 def make_bidirectional(model: ModelT) -> ModelT:
     """Turn a transformers decoder into a bidirectional encoder, in place: every token sees every real token.
 
-    Only padding stays masked, under eager, sdpa and flash attention alike. Sliding windows are taken off too, since
+    Only padding stays masked, under eager and under sdpa attention. Sliding windows are taken off too, since
     with ``is_causal = False`` transformers would make a two-sided window of them. The change is in the configuration,
     so that a saved model is bidirectional when it is loaded again. There is nothing to train; an untuned causal model
     usually embeds worse this way. Sources: NV-Embed (arXiv 2405.17428), "Pooling And Attention" (arXiv 2409.02727).
@@ -47,15 +47,16 @@ def make_bidirectional(model: ModelT) -> ModelT:
             setattr(config, name, value)
     for module in model.modules():
         # What layers copied from the configuration when they were built.
-        if isinstance(getattr(module, "is_causal", None), bool):
-            module.is_causal = False
-        if getattr(module, "sliding_window", None) is not None:
-            module.sliding_window = None
+        copied = vars(module)
+        if copied.get("is_causal") is True:
+            copied["is_causal"] = False
+        if copied.get("has_sliding_layers") is True:
+            copied["has_sliding_layers"] = False
+        if "sliding_window" in copied:
+            copied["sliding_window"] = None
         for name in ("layer_type", "attention_type"):
-            if getattr(module, name, None) == "sliding_attention":
-                setattr(module, name, "full_attention")
-        if getattr(module, "has_sliding_layers", False):
-            module.has_sliding_layers = False
+            if copied.get(name) == "sliding_attention":
+                copied[name] = "full_attention"
     return model
 
 

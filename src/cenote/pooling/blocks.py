@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cenote.ops.masked import masked_batch_norm, masked_softmax
+from cenote.ops.masked import masked_batch_norm, masked_softmax, widen
 
 
 class MLP(nn.Module):
@@ -26,6 +27,23 @@ class MLP(nn.Module):
         return self.fc2(self.hidden(x))
 
 
+def attention_scores(
+    query: Float[Tensor, "*batch queries dim"], key: Float[Tensor, "*batch tokens dim"]
+) -> Float[Tensor, "*batch queries tokens"]:
+    """``query key^T / sqrt(dim)`` in float32 or better, under autocast too.
+
+    The products are quadratic in the tokens, so where nothing normalises those they leave the range of float16.
+    """
+
+    def product() -> Tensor:
+        return (widen(query) * query.shape[-1] ** -0.5) @ widen(key).transpose(-1, -2)
+
+    if not torch.is_autocast_enabled(query.device.type):
+        return product()
+    with torch.autocast(query.device.type, enabled=False):
+        return product()
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention among the real tokens, with an output projection."""
 
@@ -38,7 +56,7 @@ class SelfAttention(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = masked_softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), mask)
+        weights = masked_softmax(attention_scores(query, key), mask)
         return self.proj((weights.to(value.dtype) @ value).transpose(1, 2).flatten(2))
 
 

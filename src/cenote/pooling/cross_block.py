@@ -104,7 +104,7 @@ class LatentBlock(nn.Module):
         normed = self.token_norm(tokens)
         scores = self._scores(normed, constants, key_weight)
         length = None if _is_exporting() else tokens.shape[1]
-        order = value_order(length, *self.latents.shape, self.head_dim)
+        order = value_order(length, self.latents.shape[0], self.latents.shape[1], self.head_dim)
         read, attention = latents_read(scores, normed, mask, value_weight, self.out.weight, order)
         return read + self.latents, attention
 

@@ -85,7 +85,9 @@ class LatentAttention(Pooling):
         read = self.block.tokens_read(tokens)
         gated = self.block.mlp_gate(read)
         if mask is not None:
-            read, gated = (torch.where(mask[..., None], x, x.new_zeros(())) for x in (read, gated))
+            padding = ~mask[..., None]
+            # In place where autograd keeps nothing of it: the widest tensor of the layer is not written twice.
+            read, gated = read.masked_fill(padding, 0.0), gated.masked_fill_(padding, 0.0)
         return widen(read).sum(dim=1), gated.sum(dim=1)
 
     @classmethod

@@ -40,7 +40,7 @@ def best_readout(
         dim=head.in_features if candidate is None else host.dim,
         layers=outcome.layers, tokens=outcome.tokens, grid=host.grid, task=objective.task, classes=result.classes,  # type: ignore[arg-type]
         outputs=objective.outputs, backbone=backbone.spec, revision=getattr(backbone, "revision", None),
-        backbone_fingerprint=backbone.fingerprint(), norm_eps=norm.eps,
+        backbone_options=result.settings["backbone_options"], backbone_fingerprint=backbone.fingerprint(), norm_eps=norm.eps,
         target_mean=objective.target_mean, target_std=objective.target_std,
         table=tuple(asdict(r) for r in result.rows), data=str(result.settings["data"]),
     )  # fmt: skip

@@ -32,6 +32,7 @@ def model_card(config: ReadoutConfig) -> str:
         "multilabel": f"any of {config.outputs} labels",
         "regression": f"{config.outputs} value(s)",
     }[config.task]
+    reads = {"class": "the class token", "patches": "the patch tokens", "both": "all tokens"}[config.tokens]
     data = f" on {_cell(config.data)}" if config.data else ""
     keywords = {**({"revision": config.revision} if config.revision else {}), **config.backbone_options}
     arguments = ", ".join([repr(config.backbone), *(f"{key}={value!r}" for key, value in keywords.items())])
@@ -42,8 +43,8 @@ def model_card(config: ReadoutConfig) -> str:
         "",
         f"# {_cell(config.pooling)} on {_cell(config.backbone)}",
         "",
-        f"A readout of the frozen backbone `{config.backbone}`, trained{data}. It reads the {config.tokens} tokens of "
-        f"hidden state(s) {layers} and gives {gives}.",
+        f"A readout of the frozen backbone `{config.backbone}`, trained{data}. It reads {reads} of hidden "
+        f"state(s) {layers} and gives {gives}.",
         "",
         "## How to use it",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 
@@ -17,7 +18,9 @@ def macs(pooling: Pooling, head: nn.Module, tokens: Tensor, mask: Tensor | None)
 
     Matrix products and convolutions count; elementwise work (a mean, a softmax) does not.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # The counter's module hooks trip over parameters that require gradients: count on a copy that does not.
+    pooling, head = (copy.deepcopy(module).requires_grad_(False) for module in (pooling, head))
+    with FlopCounterMode(display=False) as counter:
         head(pooling._pool(tokens[:1], None if mask is None else mask[:1])[0].float())
     return counter.get_total_flops() // 2
 

@@ -146,7 +146,7 @@ def probe(
     epochs = epochs or int(np.clip(math.ceil(600 / math.ceil(size / batch_size)), 8, 60))
     schedule = Schedule(epochs, min(max(1.0, 0.1 * epochs), epochs / 2), batch_size, patience, optimizer=optimizer, weight_decay=weight_decay)
     settings = {
-        "backbone": backbone.spec, "backbone_fingerprint": backbone.fingerprint(), "data": data.name,
+        "backbone": backbone.spec, "backbone_options": _plain(backbone_options), "backbone_fingerprint": backbone.fingerprint(), "data": data.name,
         "data_fingerprint": [s.fingerprint for s in (data.train, data.validation, data.test)],
         "items": [len(data.train), len(data.validation), len(data.test)], "task": data.task,
         "readouts": readouts if isinstance(readouts, str) else list(readouts), "layers": list(wanted), "stored_layers": list(stored),
@@ -205,9 +205,6 @@ def probe(
     except KeyboardInterrupt:
         notes.append("interrupted; unfinished readouts are marked partial, --resume goes on from here")
         display.say("interrupted: writing what there is")
-    if folder is not None:
-        for group in groups:
-            group.save(folder.checkpoint)
     outcomes += [_test(group, test, objective, complete) for group in groups if np.isfinite(group.best_score).any()]
     if not outcomes:
         raise KeyboardInterrupt
@@ -215,6 +212,12 @@ def probe(
     if folder is not None:
         result = folder.write(result, outcomes, backbone, host, objective)
     return result
+
+
+def _plain(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Options of the backbone that change its features, JSON-able: how it is loaded, not where it runs or which revision."""
+    chosen = {k: v for k, v in (options or {}).items() if k not in ("device", "device_map", "revision")}
+    return {k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in chosen.items()}
 
 
 def _stored_layers(readouts: str | Sequence[str], wanted: tuple[int, ...], num_layers: int) -> tuple[int, ...]:

@@ -235,7 +235,8 @@ def train_groups(
         groups: candidates in training; each may start from a restored epoch.
         views: the training part; augmented views of it take turns by epoch.
         validation: scored after every epoch.
-        folder: where states are saved (at most every ``save_every`` seconds, and at the end).
+        folder: where states are saved: after an epoch, at most every ``save_every`` seconds, and at the end. An interruption
+            costs what came after the last save; the numbers of a resumed run are those of an uninterrupted one.
         stop: asked after every step; training ends early when true.
         on_epoch: called after every epoch.
 

@@ -90,11 +90,11 @@ class HardNegatives(NamedTuple):
     """Chosen candidates of each query, best first.
 
     Attributes:
-        index: numbers of the candidates, ``(queries, top_k)``.
+        chosen: numbers of the candidates, ``(queries, top_k)``.
         valid: ``False`` where a query had fewer than ``top_k`` acceptable candidates.
     """
 
-    index: Int[Tensor, "queries top_k"]
+    chosen: Int[Tensor, "queries top_k"]
     valid: Bool[Tensor, "queries top_k"]
 
 
