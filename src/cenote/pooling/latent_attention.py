@@ -85,9 +85,8 @@ class LatentAttention(Pooling):
         read = self.block.tokens_read(tokens)
         gated = self.block.mlp_gate(read)
         if mask is not None:
-            padding = ~mask[..., None]
-            # In place where autograd keeps nothing of it: the widest tensor of the layer is not written twice.
-            read, gated = read.masked_fill(padding, 0.0), gated.masked_fill_(padding, 0.0)
+            # Padding was set to 0 and is finite, so products mask it; in place for the widest tensor of the layer.
+            read, gated = read * mask[..., None], gated.mul_(mask[..., None])
         return widen(read).sum(dim=1), gated.sum(dim=1)
 
     @classmethod

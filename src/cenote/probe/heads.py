@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from cenote.ops.masked import widen
 from cenote.ops.query_attention import Read, attend
 from cenote.pooling.base import Pooling, Query, QueryPooling
 
@@ -127,7 +128,7 @@ class StackedReadout(nn.Module):
         return torch.baddbmm(self.params["head.bias"][:, None], self._norm(pooled), self.params["head.weight"].mT)
 
     def _norm(self, pooled: Tensor) -> Tensor:
-        pooled = pooled.float()
+        pooled = widen(pooled)
         if not self.training:
             mean, var = self.stats["norm.mean"][:, None], self.stats["norm.var"][:, None]
             return (pooled - mean) * (var + BN_EPS).rsqrt()
