@@ -35,7 +35,9 @@ def ratio(times: dict[str, list[float]], peer: str, ours: str) -> float:
     return statistics.median(p / o for p, o in zip(times[peer], times[ours], strict=True))
 
 
-def finish(name: str, peer: str, goal: float, rows: Sequence[dict[str, Any]], value: float, doc: str | None = None) -> None:
+def finish(
+    name: str, peer: str, goal: float, rows: Sequence[dict[str, Any]], value: float, doc: str | None = None
+) -> None:
     """Print the rows and write ``--json FILE`` if asked: ``{"name", "peer", "ratio", "goal", "rows"}``."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--json", type=Path, help="write the result here")

@@ -1,4 +1,5 @@
-"""``cenote probe`` on its default, in a process of its own with an empty feature cache: seconds against the budget of 120 s."""
+"""``cenote probe`` on its default, in a process of its own with an empty feature cache: seconds against the budget of
+120 s."""
 
 from __future__ import annotations
 
@@ -21,7 +22,15 @@ def main() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
         table = pd.read_parquet(Path(folder) / "out" / "results.parquet")
-    rows = [{"readouts": len(table), "seconds": seconds, "budget": BUDGET, "best": table.readout[0], "score": table.score[0]}]
+    rows = [
+        {
+            "readouts": len(table),
+            "seconds": seconds,
+            "budget": BUDGET,
+            "best": table.readout[0],
+            "score": table.score[0],
+        }
+    ]
     finish("default_probe", "the budget of 120 s", 1.0, rows, BUDGET / seconds, __doc__)
 
 

@@ -1,4 +1,5 @@
-"""Efficient probing, forward and backward: pool-first against the official order and against multi-head attention pooling."""
+"""Efficient probing, forward and backward: pool-first against the official order and against multi-head attention
+pooling."""
 
 from __future__ import annotations
 
@@ -59,10 +60,13 @@ def main() -> None:
         times = interleaved({name: lambda m=m: step(m) for name, m in modules.items()})
         rows.append(
             {
-                "device": device, "threads": threads, **{f"{n} ms/image": min(t) * 1e3 / BATCH for n, t in times.items()},
+                "device": device,
+                "threads": threads,
+                **{f"{n} ms/image": min(t) * 1e3 / BATCH for n, t in times.items()},
                 "vs official": ratio(times, "official order", "pool first"),
-                "vs MultiheadAttention": ratio(times, "MultiheadAttention", "pool first"), "goal vs MultiheadAttention": 15,
-            }  # fmt: skip
+                "vs MultiheadAttention": ratio(times, "MultiheadAttention", "pool first"),
+                "goal vs MultiheadAttention": 15,
+            }
         )
     finish("efficient_probing", "official order of operations", 8, rows, rows[-1]["vs official"], __doc__)
 

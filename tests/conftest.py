@@ -15,7 +15,7 @@ if TYPECHECK:
 
     install_import_hook("cenote", "typecheck.checker")
 
-import torch
+import torch  # noqa: E402 (after the hook)
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("backbones", "catalog", "data", "ops", "pooling", "probe", "report", "reproductions", "types")
+_ROOMS = (
+    "backbones",
+    "catalog",
+    "data",
+    "integrations",
+    "ops",
+    "pooling",
+    "probe",
+    "report",
+    "reproductions",
+    "tuning",
+    "types",
+)
 
 __all__ = ["__version__", *_ROOMS]
 

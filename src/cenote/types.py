@@ -88,7 +88,13 @@ def resolve_layers(spec: str | int | Sequence[int], num_layers: int) -> tuple[in
     if spec == "all":
         return tuple(range(1, num_layers + 1))
     try:
-        numbers = [int(part) for part in spec.split(",")] if isinstance(spec, str) else [spec] if isinstance(spec, int) else list(spec)
+        numbers = (
+            [int(part) for part in spec.split(",")]
+            if isinstance(spec, str)
+            else [spec]
+            if isinstance(spec, int)
+            else list(spec)
+        )
     except ValueError:
         raise ValueError(f"layers must be 'last', 'all' or numbers such as '12,18', got {spec!r}") from None
     resolved = tuple(n + num_layers + 1 if n < 0 else n for n in numbers)

@@ -38,6 +38,14 @@ def read_case(path: Path) -> Case:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
     return Case(
-        path, meta["paper"], meta["case"], meta["target"], json.loads(meta["config"]), float(meta["rtol"]), float(meta["atol"]),
-        part("in."), part("state."), part("out."),
-    )  # fmt: skip
+        path=path,
+        paper=meta["paper"],
+        case=meta["case"],
+        target=meta["target"],
+        config=json.loads(meta["config"]),
+        rtol=float(meta["rtol"]),
+        atol=float(meta["atol"]),
+        inputs=part("in."),
+        state=part("state."),
+        outputs=part("out."),
+    )

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+
 from golden.cases import GOLDEN_DIR, read_case
 
 
@@ -16,7 +17,11 @@ def test_agrees_with_official_code(path):
     assert not missing, f"the adapter for {case.paper} ({case.target}) gives no {sorted(missing)}"
     for name, expected in case.outputs.items():
         torch.testing.assert_close(
-            results[name].detach().to(expected.dtype), expected, rtol=case.rtol, atol=case.atol, msg=lambda m, n=name: f"out.{n}: {m}"
+            results[name].detach().to(expected.dtype),
+            expected,
+            rtol=case.rtol,
+            atol=case.atol,
+            msg=lambda m, n=name: f"out.{n}: {m}",
         )
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+
 from cenote.pooling import create_pooling, list_poolings
 from cenote.probe.heads import BN_EPS, Member, StackedReadout
 from cenote.probe.plan import default_options
-from torch import nn
 
 MEMBERS = [Member(0.1, 1.0, seed) for seed in (3, 4, 5)]
 DIM, GRID = 16, (3, 3)
@@ -56,7 +57,9 @@ def test_stack_equals_members_one_by_one(name, training):
     for k, (pooling, norm, head) in enumerate(singles):
         for module in (pooling, norm, head):
             module.double().train(training)
-            module.load_state_dict({n: v.double() if v.is_floating_point() else v for n, v in module.state_dict().items()})
+            module.load_state_dict(
+                {n: v.double() if v.is_floating_point() else v for n, v in module.state_dict().items()}
+            )
         expected = head(norm(pooling(tokens)))
         torch.testing.assert_close(outputs[k], expected, rtol=1e-4, atol=1e-4)
         (expected * weights).sum().backward()
@@ -74,7 +77,9 @@ def test_stack_equals_members_one_by_one(name, training):
 
 
 def test_members_of_one_seed_start_alike_and_others_do_not():
-    stack = StackedReadout(lambda: make("efficient_probing"), [Member(0.1, 1, 0), Member(0.2, 1, 0), Member(0.1, 1, 1)], 4)
+    stack = StackedReadout(
+        lambda: make("efficient_probing"), [Member(0.1, 1, 0), Member(0.2, 1, 0), Member(0.1, 1, 1)], 4
+    )
     queries = stack.params["pooling.queries"]
     assert torch.equal(queries[0], queries[1])
     assert not torch.equal(queries[0], queries[2])

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+
 from cenote.probe.linear import fit_linear
 from cenote.probe.tasks import Objective
-from sklearn.linear_model import LogisticRegression, Ridge
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def test_ridge_is_the_closed_form(blobs):
     objective = Objective.of("regression", 0, y[:160])
     fit = fit_linear(x[:160], y[:160], x[160:], y[160:], objective, penalties=(0.1,))
     standard = ((x - fit.mean) / fit.std).numpy()
-    reference = Ridge(alpha=0.1 * 160).fit(standard[:160], ((y[:160] - objective.target_mean) / objective.target_std).numpy())
+    reference = Ridge(alpha=0.1 * 160).fit(
+        standard[:160], ((y[:160] - objective.target_mean) / objective.target_std).numpy()
+    )
     np.testing.assert_allclose(fit(x)[:, 0].numpy(), reference.predict(standard), atol=1e-4)
 
 

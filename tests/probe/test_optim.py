@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from cenote.probe.optim import LARS, SGD, AdamW, warmup_cosine
 
 RATES = torch.tensor([0.1, 0.01, 0.003])
@@ -20,7 +21,11 @@ SHAPES = {"weight": (4, 5), "bias": (4,), "queries": (2, 5)}
     [
         (AdamW, torch.optim.AdamW, {"weight_decay": 0.0}),
         (AdamW, torch.optim.AdamW, {"weight_decay": 0.1}),
-        (SGD, lambda p, lr, weight_decay: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=weight_decay), {"weight_decay": 0.0}),
+        (
+            SGD,
+            lambda p, lr, weight_decay: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=weight_decay),
+            {"weight_decay": 0.0},
+        ),
     ],
 )
 def test_every_member_follows_torch(stacked, single, options):

@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from cenote.backbones import load_backbone
 from cenote.data import load_data
 from cenote.probe import Readout, probe
+from cenote.probe.plan import QUERY_LRS
 from cenote.probe.predict import predict
 
 QUICK = {"seeds": 2, "epochs": 4, "readouts": "mean,ep(num_queries=4),gem,knn", "data_options": {"limit": 160}}
@@ -36,7 +38,7 @@ def test_table_is_ranked_and_complete(finished):
     assert ep.params == 4 * 64 + 64 * 64 + 64 * 10 + 10
     assert ep.macs == 2 * 16 * 4 * 64 + 64 * 64 + 640
     assert 0 <= ep.attention_entropy <= 1
-    assert ep.lr in (3e-3, 1e-2, 3e-2)
+    assert ep.lr in QUERY_LRS
     mean = frame[frame.readout == "mean"].iloc[0]
     assert np.isnan(mean.lr)
     assert mean.params == 650
@@ -103,7 +105,7 @@ def test_budget_ends_training_early(cache):
 
 
 def test_refuses_a_folder_of_another_configuration(finished, cache):
-    with pytest.raises(ValueError, match="belongs to another configuration.*epochs"):
+    with pytest.raises(ValueError, match=r"belongs to another configuration.*epochs"):
         probe(**{**QUICK, "epochs": 5}, out=finished[1], cache_dir=cache)
 
 
@@ -126,7 +128,14 @@ def test_bad_input_is_told(change, message, cache):
 
 
 def test_layers_and_tokens_are_axes(cache):
-    result = probe(readouts="mean,mean_layers > mean", layers="2,4", tokens=["patches", "both"], seeds=1, data_options={"limit": 100}, cache_dir=cache)
+    result = probe(
+        readouts="mean,mean_layers > mean",
+        layers="2,4",
+        tokens=["patches", "both"],
+        seeds=1,
+        data_options={"limit": 100},
+        cache_dir=cache,
+    )
     keys = {result.key(row) for row in result.rows}
     assert keys == {f"mean | {layer} | {t}" for layer in (2, 4) for t in ("patches", "both")} | {
         f"mean_layers > mean | 2,4 | {t}" for t in ("patches", "both")
@@ -153,13 +162,18 @@ def test_regression_and_multilabel(cache):
     data = load_data("digits", limit=150)
 
     def with_targets(make, task, classes):
-        parts = {p: dataclasses.replace(getattr(data, p), targets=make(getattr(data, p).targets)) for p in ("train", "validation", "test")}
+        parts = {
+            p: dataclasses.replace(getattr(data, p), targets=make(getattr(data, p).targets))
+            for p in ("train", "validation", "test")
+        }
         return dataclasses.replace(data, task=task, classes=classes, **parts)
 
     regression = with_targets(lambda y: y.float() * 3 + 100, "regression", ())
     result = probe(data=regression, readouts="mean,ep(num_queries=4)", seeds=1, epochs=15, cache_dir=cache)
     assert result.rows[0].metric == "R2"
     assert result.rows[0].score > 0.3
-    bits = with_targets(lambda y: torch.stack([y % 2 == 0, y > 4, y > 7], dim=1).float(), "multilabel", ("even", "big", "top"))
+    bits = with_targets(
+        lambda y: torch.stack([y % 2 == 0, y > 4, y > 7], dim=1).float(), "multilabel", ("even", "big", "top")
+    )
     result = probe(data=bits, readouts="mean,ep(num_queries=4)", seeds=1, epochs=15, cache_dir=cache)
     assert result.rows[0].score > 0.85

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cenote.probe.tasks import Objective
 from sklearn.metrics import label_ranking_average_precision_score, r2_score
+
+from cenote.probe.tasks import Objective
 
 
 def test_losses_are_per_member_means():
@@ -19,7 +20,9 @@ def test_losses_are_per_member_means():
     values = torch.linspace(10, 20, 8)
     objective = Objective.of("regression", 0, values)
     losses = objective.loss(outputs[..., :1], values)
-    torch.testing.assert_close(losses, torch.stack([F.mse_loss(o[:, 0], (values - 15) / values.std()) for o in outputs]))
+    torch.testing.assert_close(
+        losses, torch.stack([F.mse_loss(o[:, 0], (values - 15) / values.std()) for o in outputs])
+    )
 
 
 def test_scores_equal_scikit_learn():

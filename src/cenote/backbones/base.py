@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cenote.types import Features, Grid, Modality, resolve_layers
@@ -18,7 +19,8 @@ LayerReducer = Callable[[Tensor, Tensor], Tensor]
 class Backbone(ABC):
     """A frozen network that turns raw items into :class:`~cenote.types.Features`.
 
-    Always in eval mode, never keeps a graph. Items are PIL images for ``modality == "image"`` and strings for ``"text"``.
+    Always in eval mode, never keeps a graph. Items are PIL images for ``modality == "image"`` and strings for
+    ``"text"``.
 
     Attributes:
         spec: what :func:`cenote.backbones.load_backbone` was given, normalised (``"hf:bert-base-uncased"``).
@@ -55,6 +57,14 @@ class Backbone(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hexadecimal digest of the weights and the configuration."""
+
+    def input_image(self, item: Any) -> Image.Image:
+        """An image as the network sees it, after resizing and cropping; for pictures of what a readout looks at."""
+        raise TypeError(f"{self.spec} takes {self.modality}s, not images")
+
+    def token_strings(self, item: str) -> list[str]:
+        """The tokens of a text, as :meth:`collate` makes them."""
+        raise TypeError(f"{self.spec} takes {self.modality}s, not texts")
 
     @torch.inference_mode()
     def __call__(

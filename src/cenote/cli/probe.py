@@ -14,31 +14,59 @@ def command(
     ] = "embedded",
     data: Annotated[
         list[str] | None,
-        typer.Option(help="digits, an image folder, a csv/tsv/parquet/json file, or a datasets id; repeat it to compare across data sets."),
+        typer.Option(
+            help="digits, an image folder, a csv/tsv/parquet/json file, or a datasets id; repeat it to compare across "
+            "data sets."
+        ),
     ] = None,
     readouts: Annotated[
-        str, typer.Option(help="all, last (one layer), free (no parameters), or names: 'mean,ep(num_queries=8),weighted_layers > mean'.")
+        str,
+        typer.Option(
+            help="all, last (one layer), free (no parameters), or names: "
+            "'mean,ep(num_queries=8),weighted_layers > mean'."
+        ),
     ] = "all",
-    layers: Annotated[str, typer.Option(help="Hidden states that one-layer readouts are compared at: last, all, or 3,4.")] = "last",
+    layers: Annotated[
+        str, typer.Option(help="Hidden states that one-layer readouts are compared at: last, all, or 3,4.")
+    ] = "last",
     tokens: Annotated[str, typer.Option(help="auto, or any of class,patches,both.")] = "auto",
     task: Annotated[str, typer.Option(help="auto, classification, multilabel or regression.")] = "auto",
-    lrs: Annotated[str | None, typer.Option(help="Learning rates in place of each readout's own grid: 0.001,0.01.")] = None,
-    query_factors: Annotated[str | None, typer.Option(help="Factors on the learned queries' learning rate: 1,10.")] = None,
+    lrs: Annotated[
+        str | None, typer.Option(help="Learning rates in place of each readout's own grid: 0.001,0.01.")
+    ] = None,
+    query_factors: Annotated[
+        str | None, typer.Option(help="Factors on the learned queries' learning rate: 1,10.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Initialisations a configuration.")] = 3,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training part (default: about 600 steps).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training part (default: about 600 steps).")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Items a step.")] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, sgd or lars.")] = "adamw",
     weight_decay: Annotated[float, typer.Option(min=0, help="Decay of weight matrices.")] = 0.0,
-    patience: Annotated[int | None, typer.Option(min=1, help="Stop a readout after so many epochs without improvement.")] = None,
-    budget: Annotated[float | None, typer.Option(min=0, help="Minutes after which training stops; the best states so far make the table.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for results.json, results.parquet, report.html and best/.")] = Path("cenote-probe"),
-    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder (give the same options).")] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Where features are kept (default: CENOTE_CACHE or ~/.cache/cenote).")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop a readout after so many epochs without improvement.")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, help="Minutes after which training stops; the best states so far make the table."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.parquet, report.html and best/.")] = Path(
+        "cenote-probe"
+    ),
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the interrupted run in this folder (give the same options).")
+    ] = None,
+    cache_dir: Annotated[
+        str | None, typer.Option(help="Where features are kept (default: CENOTE_CACHE or ~/.cache/cenote).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of stored features: float32, float16 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub backbone.")] = None,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Drop a decoder's causal mask.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub repository brings.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that a hub repository brings.")
+    ] = False,
     image_column: Annotated[str | None, typer.Option(help="Column of images in a table.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of texts in a table.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels in a table.")] = None,
@@ -77,7 +105,11 @@ def command(
     data_options = {"on_error": on_error, **{key: value for key, value in columns.items() if value is not None}}
     backbone_options = {
         key: value
-        for key, value in {"revision": revision, "bidirectional": bidirectional, "trust_remote_code": trust_remote_code}.items()
+        for key, value in {
+            "revision": revision,
+            "bidirectional": bidirectional,
+            "trust_remote_code": trust_remote_code,
+        }.items()
         if value
     }
     results = []
@@ -86,14 +118,30 @@ def command(
             target = folder if len(sets) == 1 else folder / f"{number}-{Path(name).stem}"
             results.append(
                 probe(
-                    backbone, name, readouts, layers=layers,
+                    backbone,
+                    name,
+                    readouts,
+                    layers=layers,
                     tokens=tokens if tokens == "auto" else [t.strip() for t in tokens.split(",")],
-                    task=None if task == "auto" else task, lrs=_numbers(lrs, "--lrs"),
-                    query_factors=_numbers(query_factors, "--query-factors"), seeds=seeds, epochs=epochs, batch_size=batch_size,
-                    optimizer=optimizer, weight_decay=weight_decay, patience=patience, budget=budget, out=target,
-                    resume=resume is not None, cache_dir=cache_dir, dtype=dtypes[dtype], device=device, display=display,
-                    backbone_options=backbone_options, data_options=data_options,
-                )  # fmt: skip
+                    task=None if task == "auto" else task,
+                    lrs=_numbers(lrs, "--lrs"),
+                    query_factors=_numbers(query_factors, "--query-factors"),
+                    seeds=seeds,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    optimizer=optimizer,
+                    weight_decay=weight_decay,
+                    patience=patience,
+                    budget=budget,
+                    out=target,
+                    resume=resume is not None,
+                    cache_dir=cache_dir,
+                    dtype=dtypes[dtype],
+                    device=device,
+                    display=display,
+                    backbone_options=backbone_options,
+                    data_options=data_options,
+                )
             )
     for result in results:
         print_table(result)

@@ -25,7 +25,8 @@ class Split:
 
     Attributes:
         items: raw items, decoded on access.
-        targets: ``(items,)`` int64 for classification, ``(items, classes)`` float for multi-label, ``(items,)`` float for regression.
+        targets: ``(items,)`` int64 for classification, ``(items, classes)`` float for multi-label, ``(items,)`` float
+            for regression.
         ids: a name an item (file path or row number), for messages.
         fingerprint: digest of the content of this part.
     """

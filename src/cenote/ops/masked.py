@@ -28,7 +28,9 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def masked_mean(x: Float[Tensor, "batch tokens *rest"], mask: Bool[Tensor, "batch tokens"] | None = None) -> Float[Tensor, "batch *rest"]:
+def masked_mean(
+    x: Float[Tensor, "batch tokens *rest"], mask: Bool[Tensor, "batch tokens"] | None = None
+) -> Float[Tensor, "batch *rest"]:
     """Mean over real tokens: ``sum_n m_n x_n / sum_n m_n``."""
     require_real_tokens(mask)
     wide = widen(x)
@@ -40,7 +42,9 @@ def masked_mean(x: Float[Tensor, "batch tokens *rest"], mask: Bool[Tensor, "batc
     return (total / count).to(x.dtype)
 
 
-def masked_max(x: Float[Tensor, "batch tokens *rest"], mask: Bool[Tensor, "batch tokens"] | None = None) -> Float[Tensor, "batch *rest"]:
+def masked_max(
+    x: Float[Tensor, "batch tokens *rest"], mask: Bool[Tensor, "batch tokens"] | None = None
+) -> Float[Tensor, "batch *rest"]:
     """Maximum over real tokens; the gradient goes to the maximal token."""
     require_real_tokens(mask)
     if mask is not None:
@@ -49,7 +53,9 @@ def masked_max(x: Float[Tensor, "batch tokens *rest"], mask: Bool[Tensor, "batch
     return x.max(dim=1).values
 
 
-def masked_softmax(scores: Float[Tensor, "batch *rest tokens"], mask: Bool[Tensor, "batch tokens"] | None = None) -> Float[Tensor, "batch *rest tokens"]:
+def masked_softmax(
+    scores: Float[Tensor, "batch *rest tokens"], mask: Bool[Tensor, "batch tokens"] | None = None
+) -> Float[Tensor, "batch *rest tokens"]:
     """Softmax over the last axis with weight 0 on padding; float32 result for half-precision scores."""
     require_real_tokens(mask)
     wide = widen(scores)

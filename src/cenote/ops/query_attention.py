@@ -1,10 +1,11 @@
 """Attention of a few queries over many tokens, pooled first and projected after.
 
-A cross-attention that reads tokens ``x`` with queries ``q`` costs ``2 N D^2`` when keys ``W_k x`` and values ``W_v x`` are formed
-per token. The same numbers come from moving the key projection into the query, ``q^T W_k x = (W_k^T q)^T x``, and
-the value projection behind the sum, ``sum_n a_n W_v x_n = W_v sum_n a_n x_n``: ``2 N Q D + 2 D^2`` instead. Biases
-follow from ``sum_n a_n = 1``: a key bias cancels in the softmax, a value bias is added once. The affine part of a norm
-before the projections folds the same way, so keys and values depend on no parameter at all.
+A cross-attention that reads tokens ``x`` with queries ``q`` costs ``2 N D^2`` when keys ``W_k x`` and values ``W_v x``
+are formed per token. The same numbers come from moving the key projection into the query,
+``q^T W_k x = (W_k^T q)^T x``, and the value projection behind the sum, ``sum_n a_n W_v x_n = W_v sum_n a_n x_n``:
+``2 N Q D + 2 D^2`` instead. Biases follow from ``sum_n a_n = 1``: a key bias cancels in the softmax, a value bias is
+added once. The affine part of a norm before the projections folds the same way, so keys and values depend on no
+parameter at all.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def attend(
         extra: scores of further keys that are not in ``keys`` (a class token, say); they take part in the softmax and
             their weights come back in :attr:`Read.extra`. ``(queries, extras)`` or ``(batch, queries, extras)``.
     """
-    # One batched product also for shared queries: folding the batch into rows makes a tall thin product, which is slower.
+    # One batched product also for shared queries: folding the batch into rows makes a tall thin product, which is
+    # slower.
     scores = torch.bmm(queries.expand(keys.shape[0], -1, -1), keys.transpose(1, 2))
     if bias is not None:
         scores = scores + bias
@@ -120,7 +122,8 @@ def shifted_power(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     batch_minimum: bool = False,
 ) -> Float[Tensor, "batch tokens dim"]:
-    """``(v - min(v) + 1e-6)^exponent`` in float32, the minimum over all channels of an item's real tokens; 0 on padding.
+    """``(v - min(v) + 1e-6)^exponent`` in float32, the minimum over all channels of an item's real tokens; 0 on
+    padding.
 
     ``batch_minimum`` takes the minimum over the whole batch instead.
     """

@@ -25,8 +25,8 @@ class Pooling(nn.Module):
         layers: ``"last"`` takes ``(batch, tokens, dim)``, ``"all"`` takes ``(batch, layers, tokens, dim)``.
         permutation_invariant: whether the order of the tokens is irrelevant.
         attends: whether there are attention weights to return.
-        query_parameters: names of parameters that act as learned queries. They need a larger learning rate than the rest
-            under Adam-type optimisers, or attention stays uniform.
+        query_parameters: names of parameters that act as learned queries. They need a larger learning rate than the
+            rest under Adam-type optimisers, or attention stays uniform.
         no_weight_decay_parameters: names of parameters that decay would spoil.
         paper: slug of the specification, or ``None`` for folklore.
     """
@@ -56,7 +56,8 @@ class Pooling(nn.Module):
 
         Raises:
             TypeError: integer tokens, or a mask that is not boolean.
-            ValueError: wrong rank, width, mask shape, or a row without a real token; weights asked of a pooling that has none.
+            ValueError: wrong rank, width, mask shape, or a row without a real token; weights asked of a pooling that
+                has none.
         """
         self.check(tokens, mask)
         if return_weights and not self.attends:
@@ -69,7 +70,9 @@ class Pooling(nn.Module):
         kind = type(self).__name__
         rank, axes = (3, "(batch, tokens, dim)") if self.layers == "last" else (4, "(batch, layers, tokens, dim)")
         if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-            raise TypeError(f"{kind} expects floating-point tokens, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
+            raise TypeError(
+                f"{kind} expects floating-point tokens, got {getattr(tokens, 'dtype', type(tokens).__name__)}"
+            )
         if tokens.ndim != rank:
             raise ValueError(f"{kind} expects tokens {axes}, got shape {tuple(tokens.shape)}")
         if tokens.shape[-1] != self.dim:
@@ -79,7 +82,9 @@ class Pooling(nn.Module):
         if mask is None:
             return
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"{kind} expects a boolean mask (True = real token), got {getattr(mask, 'dtype', type(mask).__name__)}")
+            raise TypeError(
+                f"{kind} expects a boolean mask (True = real token), got {getattr(mask, 'dtype', type(mask).__name__)}"
+            )
         expected = (tokens.shape[0], tokens.shape[-2])
         if tuple(mask.shape) != expected:
             raise ValueError(f"{kind} expects a mask of shape {expected}, got {tuple(mask.shape)}")
@@ -131,16 +136,18 @@ class QueryPooling(Pooling):
     """A pooling whose parameters touch the tokens only through a few queries.
 
     Three steps, so that tokens are read once whatever the number of queries (and, in the probe, of models):
-    :meth:`prepare` (no parameters) normalises tokens, :meth:`query` folds everything before the softmax into effective queries,
-    :meth:`finish` projects what they read. The attention between them is :func:`cenote.ops.query_attention.attend`.
-    Several models that share :meth:`prepare` can be evaluated in one attention over their concatenated queries.
+    :meth:`prepare` (no parameters) normalises tokens, :meth:`query` folds everything before the softmax into effective
+    queries, :meth:`finish` projects what they read. The attention between them is
+    :func:`cenote.ops.query_attention.attend`. Several models that share :meth:`prepare` can be evaluated in one
+    attention over their concatenated queries.
     """
 
     attends = True
 
     @property
     def single_read(self) -> bool:
-        """Whether the three steps describe this configuration; not where tokens are read twice or values are learned."""
+        """Whether the three steps describe this configuration; not where tokens are read twice or values are
+        learned."""
         return True
 
     def forward(
@@ -150,7 +157,8 @@ class QueryPooling(Pooling):
         return_weights: bool = False,
         query_tokens: Tensor | None = None,
     ) -> Any:
-        """As :meth:`Pooling.forward`; ``query_tokens`` ``(batch, queries, dim)`` take the place of the pooling's own query source."""
+        """As :meth:`Pooling.forward`; ``query_tokens`` ``(batch, queries, dim)`` take the place of the pooling's own
+        query source."""
         self.check(tokens, mask)
         if query_tokens is not None and (query_tokens.ndim != 3 or query_tokens.shape[0] != tokens.shape[0]):
             raise ValueError(f"query_tokens must be (batch, queries, dim), got shape {tuple(query_tokens.shape)}")

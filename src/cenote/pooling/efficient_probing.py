@@ -14,10 +14,11 @@ from cenote.pooling.base import Prepared, Query, QueryPooling
 class EfficientProbing(QueryPooling):
     """Learned queries attend to the tokens themselves and each pools its own slice of one value projection.
 
-    ``a_m = softmax_n(q_m^T x_n / sqrt(dim))``, ``out = concat_m W_m sum_n a_mn x_n (+ b)``, with ``W_m`` the m-th group of rows of the value
-    projection ``(dim / d_out, dim)``. Source: "Attention, Please! Revisiting Attentive Probing for Masked Image
-    Modeling" (arXiv 2506.10178). The official layer projects every token before pooling; pooling first is the same function
-    with about a tenth of the work. Parameters: ``num_queries * dim + dim * dim / d_out`` (+ ``dim / d_out`` with bias).
+    ``a_m = softmax_n(q_m^T x_n / sqrt(dim))``, ``out = concat_m W_m sum_n a_mn x_n (+ b)``, with ``W_m`` the m-th
+    group of rows of the value projection ``(dim / d_out, dim)``. Source: "Attention, Please! Revisiting Attentive
+    Probing for Masked Image Modeling" (arXiv 2506.10178). The official layer projects every token before pooling;
+    pooling first is the same function with about a tenth of the work. Parameters:
+    ``num_queries * dim + dim * dim / d_out`` (+ ``dim / d_out`` with bias).
 
     Args:
         dim: token width D.

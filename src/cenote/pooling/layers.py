@@ -29,8 +29,8 @@ class LayerReduction(nn.Module):
         """Reduce the layer axis; raises ``ValueError`` when its length is not the one built for."""
         if hidden.ndim != 4 or hidden.shape[1] != self.num_layers:
             raise ValueError(
-                f"{type(self).__name__} was built for {self.num_layers} layers and expects (batch, layers, tokens, dim), "
-                f"got shape {tuple(hidden.shape)}"
+                f"{type(self).__name__} was built for {self.num_layers} layers and expects "
+                f"(batch, layers, tokens, dim), got shape {tuple(hidden.shape)}"
             )
         return self._reduce(hidden)
 

@@ -91,8 +91,8 @@ def create_pooling(spec: str, *, dim: int, **options: Any) -> Pooling:
     """Build a pooling from its name.
 
     Args:
-        spec: a name of :func:`list_poolings`, optionally with options, ``"efficient_probing(num_queries=8)"``, optionally
-            behind a layer reduction, ``"weighted_layers > mean"``.
+        spec: a name of :func:`list_poolings`, optionally with options, ``"efficient_probing(num_queries=8)"``,
+            optionally behind a layer reduction, ``"weighted_layers > mean"``.
         dim: token width of the backbone.
         **options: options by keyword; each goes to the part of the composition that takes it. ``num_layers`` and
             ``grid`` are offered to every part and may go unused.

@@ -1,4 +1,5 @@
-"""Readouts compared across data sets: means, wins and losses, the exact Wilcoxon signed-rank test with Holm's correction."""
+"""Readouts compared across data sets: means, wins and losses, the exact Wilcoxon signed-rank test with Holm's
+correction."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def score_table(results: Sequence[ProbeResult]) -> pd.DataFrame:
     if len(results) < 2:
         raise ValueError(f"comparing across data sets needs at least two results, got {len(results)}")
     names = [f"{number}-{Path(str(result.settings['data'])).stem}" for number, result in enumerate(results)]
-    table = pd.DataFrame({n: {ProbeResult.key(r): r.score for r in result.rows} for n, result in zip(names, results, strict=True)}).T
+    table = pd.DataFrame(
+        {n: {ProbeResult.key(r): r.score for r in result.rows} for n, result in zip(names, results, strict=True)}
+    ).T
     common = table.dropna(axis="columns")
     if common.shape[1] < 2:
         raise ValueError("the results have fewer than two readouts in common")
@@ -30,7 +33,8 @@ def score_table(results: Sequence[ProbeResult]) -> pd.DataFrame:
 
 
 def compare_across(results: Sequence[ProbeResult], folder: Path) -> pd.DataFrame:
-    """The best readout against every other over all data sets; writes ``across.csv`` (scores) and ``across_pairs.csv`` (all pairs).
+    """The best readout against every other over all data sets; writes ``across.csv`` (scores) and ``across_pairs.csv``
+    (all pairs).
 
     With fewer than six data sets no difference can reach 0.05; the ``note`` column says so.
     """

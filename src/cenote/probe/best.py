@@ -15,13 +15,14 @@ from cenote.probe.result import ProbeResult, Row
 from cenote.probe.tasks import Objective
 
 if TYPE_CHECKING:
-    from cenote.probe.run import Outcome
+    from cenote.probe.outcome import Outcome
 
 
 def best_readout(
     result: ProbeResult, outcomes: list[Outcome], backbone: Backbone, host: Host, objective: Objective
 ) -> Readout | None:
-    """The first row of the table that is a module (nearest neighbours are not); of its seeds the one best on validation."""
+    """The first row of the table that is a module (nearest neighbours are not); of its seeds the one best on
+    validation."""
     by_key = {outcome.key: outcome for outcome in outcomes}
     row: Row
     for row in result.rows:
@@ -30,7 +31,7 @@ def best_readout(
             break
     else:
         return None
-    norm, head = outcome.head
+    norm, head = outcome.head[0], outcome.head[1]
     assert isinstance(norm, nn.BatchNorm1d)
     assert isinstance(head, nn.Linear)
     candidate = outcome.candidate
@@ -40,7 +41,8 @@ def best_readout(
         dim=head.in_features if candidate is None else host.dim,
         layers=outcome.layers, tokens=outcome.tokens, grid=host.grid, task=objective.task, classes=result.classes,  # type: ignore[arg-type]
         outputs=objective.outputs, backbone=backbone.spec, revision=getattr(backbone, "revision", None),
-        backbone_options=result.settings["backbone_options"], backbone_fingerprint=backbone.fingerprint(), norm_eps=norm.eps,
+        backbone_options=result.settings["backbone_options"], backbone_fingerprint=backbone.fingerprint(),
+        norm_eps=norm.eps,
         target_mean=objective.target_mean, target_std=objective.target_std,
         table=tuple(asdict(r) for r in result.rows), data=str(result.settings["data"]),
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +20,27 @@ def macs(pooling: Pooling, head: nn.Module, tokens: Tensor, mask: Tensor | None)
     Matrix products and convolutions count; elementwise work (a mean, a softmax) does not.
     """
     # The counter's module hooks trip over parameters that require gradients: count on a copy that does not.
-    pooling, head = (copy.deepcopy(module).requires_grad_(False) for module in (pooling, head))
+    still_pooling, still_head = copy.deepcopy(pooling).requires_grad_(False), copy.deepcopy(head).requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
-        head(pooling._pool(tokens[:1], None if mask is None else mask[:1])[0].float())
+        still_head(still_pooling._pool(tokens[:1], None if mask is None else mask[:1])[0].float())
     return counter.get_total_flops() // 2
 
 
 @torch.no_grad()
-def latency_ms(pooling: Pooling, head: nn.Module, tokens: Tensor, mask: Tensor | None, repeats: int = 5) -> float:
-    """Median time of pooling and head for one item of the given batch, in milliseconds, after one warm-up."""
+def latency_ms(pooling: Pooling, head: nn.Module, tokens: Tensor, mask: Tensor | None) -> float:
+    """Time of pooling and head for one item of the given batch, in milliseconds."""
+    return median_ms(lambda: head(pooling._pool(tokens, mask)[0].float())) / len(tokens)
+
+
+def median_ms(call: Callable[[], Tensor], repeats: int = 5) -> float:
+    """Median wall time of a call after one warm-up, in milliseconds."""
     times = []
     for _ in range(repeats + 1):
-        if tokens.is_cuda:
-            torch.cuda.synchronize()
         start = time.perf_counter()
-        head(pooling._pool(tokens, mask)[0].float())
-        if tokens.is_cuda:
+        if call().is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:]) * 1e3 / len(tokens)
+    return statistics.median(times[1:]) * 1e3
 
 
 def attention_entropy(weights: Tensor, mask: Tensor | None) -> Tensor:

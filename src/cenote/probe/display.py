@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @runtime_checkable
@@ -27,7 +35,8 @@ class Quiet:
 
 
 class Terminal(AbstractContextManager):
-    """A progress bar on standard error with the time left and the best readout so far; plain lines where there is no terminal."""
+    """A progress bar on standard error with the time left and the best readout so far; plain lines where there is no
+    terminal."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -54,7 +63,8 @@ class Terminal(AbstractContextManager):
 
     def advance(self, steps: int = 1, best: str = "") -> None:
         if self.task is not None:
-            self.progress.update(self.task, advance=steps, **({"best": best} if best else {}))
+            fields: dict[str, Any] = {"best": best} if best else {}
+            self.progress.update(self.task, advance=steps, **fields)
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False)

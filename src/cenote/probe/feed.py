@@ -31,7 +31,9 @@ class Feed:
     ) -> None:
         self.store, self.targets, self.layers, self.device = store, targets, layers, device
         size = 4 * store.dim * len(layers) * int(store.counts.sum())
-        self.held = store.batch(torch.arange(len(store)), layers).to(device) if store.uniform and size <= memory else None
+        self.held = (
+            store.batch(torch.arange(len(store)), layers).to(device) if store.uniform and size <= memory else None
+        )
 
     def __len__(self) -> int:
         return len(self.store)
@@ -45,7 +47,9 @@ class Feed:
         pooled = None if held.pooled is None else held.pooled[index]
         return Features(held.hidden[index], held.mask[index], held.layers, held.grid, held.prefix, pooled), targets
 
-    def batches(self, batch_size: int, seed: int | None = None, drop_last: bool = False) -> Iterator[tuple[Features, Tensor]]:
+    def batches(
+        self, batch_size: int, seed: int | None = None, drop_last: bool = False
+    ) -> Iterator[tuple[Features, Tensor]]:
         """Batches in order, or shuffled by ``seed``."""
         order = torch.arange(len(self))
         if seed is not None:

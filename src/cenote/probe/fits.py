@@ -1,48 +1,29 @@
-"""Readouts that need no training loop: fixed vectors with a converged linear model, the encoder's own pooler, nearest neighbours."""
+"""Readouts that need no training loop: fixed vectors with a converged linear model, the encoder's own pooler, nearest
+neighbours."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cenote.ops.masked import masked_mean
-from cenote.probe.cost import latency_ms
+from cenote.probe.cost import median_ms
 from cenote.probe.feed import Feed
 from cenote.probe.knn import knn_grid, knn_scores
 from cenote.probe.linear import LinearFit, fit_linear
+from cenote.probe.outcome import Outcome
 from cenote.probe.plan import Candidate, Host
 from cenote.probe.tasks import Objective
 from cenote.probe.train import select_tokens
-from cenote.types import Features
+from cenote.types import Features, TokenChoice
 
 IN_MEMORY = 2**28
 KNN_NEIGHBOURS = (5, 10, 15, 20, 50, 100, 200)
-
-
-@dataclass
-class Fitted:
-    """What :class:`cenote.probe.run.Outcome` needs of a readout fitted here; predictions have one seed, the fit being exact."""
-
-    key: str
-    readout: str
-    layers: tuple[int, ...]
-    tokens: str
-    candidate: Candidate | None
-    pooling: nn.Module | None
-    head: nn.Module | None
-    predictions: np.ndarray
-    validation: float
-    params: int
-    seconds: float
-    regularisation: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def linear_head(fit: LinearFit) -> nn.Sequential:
@@ -58,7 +39,8 @@ def linear_head(fit: LinearFit) -> nn.Sequential:
 
 @torch.no_grad()
 def vectors(feed: Feed, read: Callable[[Features], Tensor]) -> Tensor:
-    """``read`` applied to every item in order, ``(items, width)``: in RAM up to 256 MB, beyond that in a file without a name."""
+    """``read`` applied to every item in order, ``(items, width)``: in RAM up to 256 MB, beyond that in a file without
+    a name."""
     result: Tensor | None = None
     start = 0
     for features, _ in feed.batches(512):
@@ -78,51 +60,47 @@ def vectors(feed: Feed, read: Callable[[Features], Tensor]) -> Tensor:
 
 def fit_free(
     job: Candidate | str, train: Feed, validation: Feed, test: Feed, objective: Objective, host: Host
-) -> Fitted | None:
-    """Fit a candidate without parameters, ``"encoder_pooler"`` or ``"knn"``; ``None`` where this backbone or task has none."""
+) -> Outcome | None:
+    """Fit a candidate without parameters, ``"encoder_pooler"`` or ``"knn"``; ``None`` where this backbone or task has
+    none."""
     start = time.perf_counter()
     if job == "knn":
         return _knn(train, validation, test, objective, host, start)
-    if isinstance(job, Candidate):
-        candidate = job
-        pooling = candidate.make(host.dim).eval()
+    candidate = job if isinstance(job, Candidate) else None
+    if candidate is None and not train.store.pooled_dim:
+        return None
+    pooling = None if candidate is None else candidate.make(host.dim).eval()
 
-        def read(features: Features) -> Tensor:
-            return pooling._pool(*select_tokens(features, candidate, host.uniform))[0]
-
-        names: tuple = (candidate.key, candidate.readout, candidate.layers, candidate.tokens, candidate, pooling)
-    elif train.store.pooled_dim:
-        layer = (train.layers[-1],)
-        names = (f"encoder_pooler | {layer[0]} | both", "encoder_pooler", layer, "both", None, None)
-
-        def read(features: Features) -> Tensor:
+    def read(features: Features) -> Tensor:
+        if candidate is None or pooling is None:
             assert features.pooled is not None
             return features.pooled
-    else:
-        return None
+        return pooling._pool(*select_tokens(features, candidate, host.uniform))[0]
+
     parts = [vectors(feed, read) for feed in (train, validation, test)]
     fit = fit_linear(parts[0], train.targets, parts[1], validation.targets, objective)
     head = linear_head(fit)
-    predictions = objective.predictions(head(parts[2]).detach())[None]
-    params, seconds = fit.weight.numel() + fit.bias.numel(), time.perf_counter() - start
-    extra = {"converged": fit.converged}
-    if names[4] is None:
-        extra |= {"macs": fit.weight.numel(), "latency_ms": latency_ms(_Identity(), head, parts[2][:32], None)}
-    return Fitted(*names, head, predictions, fit.validation, params, seconds, fit.penalty, extra)
+    outcome = Outcome(
+        readout="encoder_pooler" if candidate is None else candidate.readout,
+        layers=(train.layers[-1],) if candidate is None else candidate.layers,
+        tokens="both" if candidate is None else candidate.tokens,
+        candidate=candidate, pooling=pooling, head=head,
+        predictions=objective.predictions(head(parts[2]).detach())[None],
+        validation=fit.validation, params=fit.weight.numel() + fit.bias.numel(), seconds=time.perf_counter() - start,
+        regularisation=fit.penalty,
+    )  # fmt: skip
+    if candidate is None:
+        outcome.macs = fit.weight.numel()
+        outcome.latency_ms = median_ms(lambda: head(parts[2][:32])) / len(parts[2][:32])
+    return outcome
 
 
-class _Identity(nn.Module):
-    """Stands in for a pooling when the encoder did the pooling."""
-
-    def _pool(self, vectors: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
-        return vectors, None
-
-
-def _knn(train: Feed, validation: Feed, test: Feed, objective: Objective, host: Host, start: float) -> Fitted | None:
-    """Cosine nearest neighbours of mean tokens of the last layer; neighbours and temperature chosen on the validation part."""
+def _knn(train: Feed, validation: Feed, test: Feed, objective: Objective, host: Host, start: float) -> Outcome | None:
+    """Cosine nearest neighbours of mean tokens of the last layer; neighbours and temperature chosen on the validation
+    part."""
     if objective.task != "classification":
         return None
-    choice = "patches" if host.modality == "image" else "both"
+    choice: TokenChoice = "patches" if host.modality == "image" else "both"
 
     def read(features: Features) -> Tensor:
         tokens, mask = features.tokens(choice)
@@ -136,9 +114,8 @@ def _knn(train: Feed, validation: Feed, test: Feed, objective: Objective, host: 
     scores = knn_scores(bank, train.targets, held_out, best.k, best.temperature, objective.outputs)
     latency = (time.perf_counter() - begin) * 1e3 / len(held_out)
     predictions = (scores / scores.sum(dim=1, keepdim=True)).numpy()[None]
-    layer = train.layers[-1]
-    extra = {"macs": bank.numel(), "latency_ms": latency, "k": best.k, "temperature": best.temperature}
-    seconds = time.perf_counter() - start
-    return Fitted(
-        f"knn | {layer} | {choice}", "knn", (layer,), choice, None, None, None, predictions, best.top1, 0, seconds, None, extra
-    )
+    return Outcome(
+        readout="knn", layers=(train.layers[-1],), tokens=choice, candidate=None, pooling=None, head=None,
+        predictions=predictions, validation=best.top1, params=0, seconds=time.perf_counter() - start, macs=bank.numel(),
+        latency_ms=latency,
+    )  # fmt: skip

@@ -1,8 +1,8 @@
 """Converged linear models on fixed vectors: the exact answer for readouts without parameters, and the linear reference.
 
 Features are standardised with training statistics. Classification and multi-label minimise
-``mean loss + penalty / 2 |W|^2`` by L-BFGS along a path of penalties, each warm-started from the stronger one; regression is
-ridge, solved in closed form for the whole path. The penalty is chosen on the validation part.
+``mean loss + penalty / 2 |W|^2`` by L-BFGS along a path of penalties, each warm-started from the stronger one;
+regression is ridge, solved in closed form for the whole path. The penalty is chosen on the validation part.
 """
 
 from __future__ import annotations

@@ -13,13 +13,31 @@ from cenote.pooling.registry import pooling_class
 from cenote.probe.heads import Member
 from cenote.types import Grid, TokenChoice
 
-LINEAR_LRS = (1e-3, 1e-2)
-QUERY_LRS = (3e-3, 1e-2, 3e-2)
+LINEAR_LRS = (1e-2, 3e-2, 1e-1)
+QUERY_LRS = (1e-2, 3e-2, 1e-1)
 QUERY_FACTORS = (1.0, 10.0)
-BLOCK_LRS = (1e-3, 3e-3)
+BLOCK_LRS = (1e-3, 3e-3, 1e-2)
 
-COMPOSED = ("mean_layers > mean", "weighted_layers > mean", "weighted_layers > efficient_probing", "concat_layers > mean")
-BLOCKS = ("abmilp", "cait", "cbam", "clip", "coca", "dinovit", "dolg", "jepa", "siglip", "latent_attention", "latent_pooling", "multi_layer_pooling")
+COMPOSED = (
+    "mean_layers > mean",
+    "weighted_layers > mean",
+    "weighted_layers > efficient_probing",
+    "concat_layers > mean",
+)
+BLOCKS = (
+    "abmilp",
+    "cait",
+    "cbam",
+    "clip",
+    "coca",
+    "dinovit",
+    "dolg",
+    "jepa",
+    "siglip",
+    "latent_attention",
+    "latent_pooling",
+    "multi_layer_pooling",
+)
 HEADS = {"simpool": 1, "esimpool": 12, "aim": 16, "jepa": 16, "cait": 4, "clip": 4}
 CLASS_ONLY = ("cls",)
 EXTRAS = ("knn", "encoder_pooler")
@@ -213,7 +231,9 @@ def _inline_names(spec: str) -> set[str]:
     last = spec.split(">")[-1]
     if "(" not in last:
         return set()
-    return {piece.split("=")[0].strip() for piece in last[last.index("(") + 1 : last.rindex(")")].split(",") if "=" in piece}
+    return {
+        piece.split("=")[0].strip() for piece in last[last.index("(") + 1 : last.rindex(")")].split(",") if "=" in piece
+    }
 
 
 def _token_choices(name: str, host: Host, tokens: str | Sequence[str], grid_bound: bool) -> list[TokenChoice]:

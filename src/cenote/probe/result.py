@@ -34,7 +34,8 @@ class Row:
         attention_entropy: mean entropy of the attention over log(tokens), 1 = uniform; ``None`` where nothing attends.
         epochs: epochs until the kept state (mean over seeds), or ``None``.
         seeds: number of seeds.
-        tie_group: readouts with the same number do not differ significantly from the best of the group (1 = the top group).
+        tie_group: readouts with the same number do not differ significantly from the best of the group (1 = the top
+            group).
         status: ``"done"``, or ``"partial"`` when the run was stopped before this readout's schedule ended.
     """
 
@@ -83,7 +84,8 @@ class ProbeResult:
         rows: ranked, best first.
         settings: everything that determines the run (backbone, data, layers, tokens, seeds, ...), JSON-able.
         classes: class names, empty for regression.
-        predictions: readout key (see :meth:`key`) to ``(seeds, items, outputs)`` test scores: class probabilities, or values.
+        predictions: readout key (see :meth:`key`) to ``(seeds, items, outputs)`` test scores: class probabilities, or
+            values.
         targets: ``(items,)`` or ``(items, classes)`` test targets.
         gallery_items: raw items (PIL images, or lists of token strings) that the galleries show.
         gallery_grid: rows and columns of the patch grid of those items, or ``None`` for text.

@@ -5,62 +5,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cenote.backbones import load_backbone
 from cenote.backbones.base import Backbone
 from cenote.data import load_data
 from cenote.data.base import Data
-from cenote.probe.cost import attention_entropy, latency_ms, macs
 from cenote.probe.display import Display, Quiet
 from cenote.probe.extract import extract
 from cenote.probe.feed import Feed
-from cenote.probe.fits import Fitted, fit_free
+from cenote.probe.fits import fit_free
+from cenote.probe.outcome import Outcome
 from cenote.probe.plan import EXTRAS, Candidate, Host, plan, reads_stack, split_specs
-from cenote.probe.result import Gallery, ProbeResult, Row
-from cenote.probe.statistics import bootstrap_interval, tie_groups
+from cenote.probe.result import ProbeResult
+from cenote.probe.rows import assemble
 from cenote.probe.tasks import Objective, to_device_targets
-from cenote.probe.train import Group, Schedule, select_tokens, train_groups
+from cenote.probe.train import Group, Schedule, train_groups
 from cenote.probe.write import Folder
 from cenote.types import resolve_layers
-
-GALLERY_ITEMS = 12
-ENTROPY_ITEMS = 256
-
-
-@dataclass
-class Outcome:
-    """A trained or fitted candidate before it becomes a row.
-
-    Attributes:
-        key: unique name.
-        pooling, head: one trained model (the seed with the best validation score), in eval mode; ``head`` maps vectors to outputs.
-        predictions: ``(seeds, items, outputs)`` on the test part.
-    """
-
-    key: str
-    readout: str
-    layers: tuple[int, ...]
-    tokens: str
-    candidate: Candidate | None
-    pooling: nn.Module | None
-    head: nn.Module | None
-    predictions: np.ndarray
-    validation: float
-    params: int
-    seconds: float
-    lr: float | None = None
-    query_factor: float | None = None
-    regularisation: float | None = None
-    epochs: float | None = None
-    status: str = "done"
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def probe(
@@ -94,19 +61,20 @@ def probe(
 ) -> ProbeResult:
     """Compare readouts of a frozen backbone on a labelled data set.
 
-    One pass over the backbone fills the feature store; all readouts x learning rates x seeds are then trained together from it.
-    Readouts without parameters get a converged linear model. Learning rates are chosen on the validation part; the test
-    part is looked at once.
+    One pass over the backbone fills the feature store; all readouts x learning rates x seeds are then trained together
+    from it. Readouts without parameters get a converged linear model. Learning rates are chosen on the validation
+    part; the test part is looked at once.
 
     Args:
         backbone: a spec for :func:`cenote.backbones.load_backbone`, or a backbone.
         data: a spec for :func:`cenote.data.load_data`, or data.
         readouts: ``"all"``, ``"last"`` (one layer only), ``"free"`` (no parameters), or names and compositions.
-        layers: hidden states compared by one-layer readouts; ``"last"``, ``"all"``, ``"3,4"``. Readouts of several layers read
-            these, or all blocks when only one is named.
+        layers: hidden states compared by one-layer readouts; ``"last"``, ``"all"``, ``"3,4"``. Readouts of several
+            layers read these, or all blocks when only one is named.
         tokens: ``"auto"`` (patches for images, all tokens for text) or any of class, patches, both.
         task: overrides the task inferred from the targets.
-        lrs, query_factors: learning rates and factors on the learned queries' rate, in place of each readout's own grid.
+        lrs, query_factors: learning rates and factors on the learned queries' rate, in place of each readout's own
+            grid.
         seeds: initialisations a configuration; the batch order is shared.
         epochs: passes over the training part; by default enough for about 600 steps, between 8 and 60.
         batch_size: items a step; by default 32 to 256 by the size of the training part.
@@ -135,7 +103,8 @@ def probe(
     if isinstance(backbone, str):
         backbone = load_backbone(backbone, **{"device": device, **(backbone_options or {})})
     if isinstance(data, str):
-        data = load_data(data, **({"task": task} if task else {}), **(data_options or {}))
+        options: dict[str, Any] = {**({"task": task} if task else {}), **(data_options or {})}
+        data = load_data(data, **options)
     if backbone.modality != data.modality:
         raise ValueError(f"backbone {backbone.spec} takes {backbone.modality}s, but {data.name} holds {data.modality}s")
 
@@ -144,21 +113,47 @@ def probe(
     size = len(data.train)
     batch_size = batch_size or int(np.clip(2 ** round(math.log2(max(size / 24, 1))), 32, 256))
     epochs = epochs or int(np.clip(math.ceil(600 / math.ceil(size / batch_size)), 8, 60))
-    schedule = Schedule(epochs, min(max(1.0, 0.1 * epochs), epochs / 2), batch_size, patience, optimizer=optimizer, weight_decay=weight_decay)
-    settings = {
-        "backbone": backbone.spec, "backbone_options": _plain(backbone_options), "backbone_fingerprint": backbone.fingerprint(), "data": data.name,
-        "data_fingerprint": [s.fingerprint for s in (data.train, data.validation, data.test)],
-        "items": [len(data.train), len(data.validation), len(data.test)], "task": data.task,
-        "readouts": readouts if isinstance(readouts, str) else list(readouts), "layers": list(wanted), "stored_layers": list(stored),
-        "tokens": tokens if isinstance(tokens, str) else list(tokens), "lrs": None if lrs is None else list(lrs),
-        "query_factors": None if query_factors is None else list(query_factors), "seeds": seeds, "epochs": epochs,
-        "batch_size": batch_size, "optimizer": optimizer, "weight_decay": weight_decay, "patience": patience, "views": views,
+    schedule = Schedule(
+        epochs,
+        min(max(1.0, 0.1 * epochs), epochs / 2),
+        batch_size,
+        patience,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
+    )
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    settings: dict[str, Any] = {
+        "backbone": backbone.spec,
+        "backbone_options": _plain(backbone_options),
+        "backbone_fingerprint": backbone.fingerprint(),
+        "data": data.name,
+        "data_fingerprint": {name: split.fingerprint for name, split in parts.items()},
+        "items": {name: len(split) for name, split in parts.items()},
+        "task": data.task,
+        "readouts": _listed(readouts),
+        "layers": list(wanted),
+        "stored_layers": list(stored),
+        "tokens": _listed(tokens),
+        "lrs": _listed(lrs),
+        "query_factors": _listed(query_factors),
+        "seeds": seeds,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "weight_decay": weight_decay,
+        "patience": patience,
+        "views": views,
         "dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
     folder = Folder(Path(out), settings, resume) if out is not None else None
 
     stores = {}
-    jobs = [("train", data.train, 0), *[("train", data.train, view) for view in range(1, views + 1)], ("validation", data.validation, 0), ("test", data.test, 0)]
+    jobs = [
+        ("train", data.train, 0),
+        *[("train", data.train, view) for view in range(1, views + 1)],
+        ("validation", data.validation, 0),
+        ("test", data.test, 0),
+    ]
     for part, split, view in jobs:
         display.stage(f"extract {part}" + (f" (view {view})" if view else ""), len(split))
         seen = 0
@@ -174,13 +169,18 @@ def probe(
         )  # fmt: skip
 
     first = stores["train", 0]
-    uniform = all(store.uniform for store in stores.values()) and len({int(store.counts[0]) for store in stores.values()}) == 1
+    uniform = (
+        all(store.uniform for store in stores.values())
+        and len({int(store.counts[0]) for store in stores.values()}) == 1
+    )
     host = Host(first.dim, tuple(first.layers), first.grid, first.prefix, data.modality, uniform)
     candidates = plan(readouts, host, backbone.num_layers, wanted, tokens, seeds, lrs, query_factors)
     objective = Objective.of(data.task, len(data.classes), data.train.targets)
 
     def feed(part: str, split: Any, view: int = 0) -> Feed:
-        return Feed(stores[part, view], to_device_targets(split.targets, data.task), tuple(first.layers), memory, device)
+        return Feed(
+            stores[part, view], to_device_targets(split.targets, data.task), tuple(first.layers), memory, device
+        )
 
     train, validation, test = feed("train", data.train), feed("validation", data.validation), feed("test", data.test)
     turns = [feed("train", data.train, view) for view in range(1, views + 1)] or [train]
@@ -197,7 +197,7 @@ def probe(
     groups: list[Group] = []
     complete = False
     try:
-        outcomes += _fit_free(free, names, train, validation, test, objective, host, display, stop)
+        outcomes += _fit_free(free, names, (train, validation, test), objective, host, display, stop)
         groups = [Group.create(c, host.dim, objective, schedule, uniform) for c in learned]
         complete = _train(groups, turns, validation, schedule, folder, display, stop)
         if not complete and groups:
@@ -208,14 +208,20 @@ def probe(
     outcomes += [_test(group, test, objective, complete) for group in groups if np.isfinite(group.best_score).any()]
     if not outcomes:
         raise KeyboardInterrupt
-    result = _result(outcomes, data, test, objective, host, settings, notes, backbone)
+    result = assemble(outcomes, data, test, objective, host, settings, notes, backbone)
     if folder is not None:
         result = folder.write(result, outcomes, backbone, host, objective)
     return result
 
 
+def _listed(value: Any) -> Any:
+    """A sequence as a list; names and ``None`` as they are."""
+    return value if value is None or isinstance(value, str) else list(value)
+
+
 def _plain(options: dict[str, Any] | None) -> dict[str, Any]:
-    """Options of the backbone that change its features, JSON-able: how it is loaded, not where it runs or which revision."""
+    """Options of the backbone that change its features, JSON-able: how it is loaded, not where it runs or which
+    revision."""
     chosen = {k: v for k, v in (options or {}).items() if k not in ("device", "device_map", "revision")}
     return {k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in chosen.items()}
 
@@ -230,7 +236,16 @@ def _stored_layers(readouts: str | Sequence[str], wanted: tuple[int, ...], num_l
     return tuple(sorted(set(wanted)))
 
 
-def _train(groups, turns, validation, schedule: Schedule, folder, display: Display, stop) -> bool:
+def _train(
+    groups: Sequence[Group],
+    turns: Sequence[Feed],
+    validation: Feed,
+    schedule: Schedule,
+    folder: Folder | None,
+    display: Display,
+    stop: Callable[[], bool],
+) -> bool:
+    """Train all groups together; whether they ran their schedule."""
     if not groups:
         return True
     if folder is not None and folder.resuming:
@@ -250,7 +265,16 @@ def _train(groups, turns, validation, schedule: Schedule, folder, display: Displ
     )
 
 
-def _fit_free(free, names, train, validation, test, objective, host, display, stop) -> list[Outcome]:
+def _fit_free(
+    free: Sequence[Candidate],
+    names: Sequence[str],
+    feeds: tuple[Feed, Feed, Feed],
+    objective: Objective,
+    host: Host,
+    display: Display,
+    stop: Callable[[], bool],
+) -> list[Outcome]:
+    """Linear models for readouts without parameters, and the rows that are no poolings."""
     everything = names in (["all"], ["last"], ["free"])
     extras = [n for n in EXTRAS if everything or n in names]
     if not free and not extras:
@@ -258,17 +282,13 @@ def _fit_free(free, names, train, validation, test, objective, host, display, st
     display.stage("fit linear models", len(free) + len(extras))
     found = []
     for job in [*free, *extras]:
-        fitted: Fitted | None = fit_free(job, train, validation, test, objective, host)
-        if fitted is not None:
-            found.append(Outcome(status="done", **fitted.__dict__))
+        outcome = fit_free(job, *feeds, objective, host)
+        if outcome is not None:
+            found.append(outcome)
         display.advance(1)
         if stop():
             break
     return found
-
-
-class Head(nn.Sequential):
-    """Batch norm and linear layer of a trained readout."""
 
 
 def _test(group: Group, test: Feed, objective: Objective, complete: bool) -> Outcome:
@@ -284,59 +304,10 @@ def _test(group: Group, test: Feed, objective: Objective, complete: bool) -> Out
     outputs, _ = group.outputs(test.batches(512))
     seconds = group.seconds + time.perf_counter() - start
     params = sum(p.numel() for m in (pooling, linear) for p in m.parameters())
-    has_queries = bool(group.stack.template.query_parameters)
     return Outcome(
-        group.candidate.key, group.candidate.readout, group.candidate.layers, group.candidate.tokens, group.candidate,
-        pooling, Head(norm, linear), objective.predictions(outputs), validation, params, seconds, lr,
-        factor if has_queries else None, None, epochs, "done" if complete or group.finished else "partial",
+        readout=group.candidate.readout, layers=group.candidate.layers, tokens=group.candidate.tokens,
+        candidate=group.candidate, pooling=pooling, head=nn.Sequential(norm, linear).eval(),
+        predictions=objective.predictions(outputs), validation=validation, params=params, seconds=seconds, lr=lr,
+        query_factor=factor if group.stack.template.query_parameters else None, epochs=epochs,
+        status="done" if complete or group.finished else "partial",
     )  # fmt: skip
-
-
-def _result(outcomes, data: Data, test: Feed, objective, host: Host, settings, notes, backbone) -> ProbeResult:
-    targets = data.test.targets.numpy()
-    scores = {o.key: objective.item_scores(o.predictions, targets) for o in outcomes}
-    order = sorted(outcomes, key=lambda o: -scores[o.key].mean())
-    ties = tie_groups([scores[o.key] for o in order])
-    some, _ = test.take(torch.arange(min(ENTROPY_ITEMS, len(test))))
-    rows, galleries = [], []
-    for outcome, tie in zip(order, ties, strict=True):
-        low, high = bootstrap_interval(scores[outcome.key])
-        cost, latency, entropy = 0, float("nan"), None
-        if outcome.candidate is not None and outcome.pooling is not None:
-            tokens, mask = select_tokens(some, outcome.candidate, host.uniform)
-            cost = macs(outcome.pooling, outcome.head, tokens, mask)
-            part = None if mask is None else mask[:32]
-            latency = latency_ms(outcome.pooling, outcome.head, tokens[:32], part)
-            if outcome.pooling.attends:
-                entropy, gallery = _look(outcome, tokens, mask, host)
-                galleries.append(gallery)
-        elif outcome.extra:
-            cost, latency = outcome.extra.get("macs", 0), outcome.extra.get("latency_ms", float("nan"))
-        rows.append(
-            Row(
-                outcome.readout, ",".join(map(str, outcome.layers)), outcome.tokens, float(scores[outcome.key].mean()), low, high,
-                objective.metric, outcome.validation, outcome.params, cost, latency, outcome.seconds, outcome.lr,
-                outcome.regularisation, outcome.query_factor, entropy, outcome.epochs, len(outcome.predictions), tie, outcome.status,
-            )  # fmt: skip
-        )
-    shown = [data.test.items[i] for i in range(min(GALLERY_ITEMS, len(data.test)))]
-    if data.modality == "image":
-        items: tuple[Any, ...] = tuple(backbone.input_image(item) for item in shown)
-    else:
-        items = tuple(backbone.token_strings(item) for item in shown)
-    return ProbeResult(
-        tuple(rows), settings, data.classes, {o.key: o.predictions for o in order}, targets, items,
-        None if host.grid is None else tuple(host.grid), 0, tuple(galleries), tuple(notes),
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def _look(outcome: Outcome, tokens: Tensor, mask: Tensor | None, host: Host) -> tuple[float, Gallery]:
-    """Mean attention entropy over test items, and the weights on the first few (patches only where there is a grid)."""
-    weights = outcome.pooling._pool(tokens, mask)[1]  # type: ignore[union-attr, operator]
-    entropy = attention_entropy(weights, mask)
-    shown = weights[:GALLERY_ITEMS].float().cpu().numpy()
-    if host.grid is not None and outcome.tokens == "both":
-        shown = shown[..., host.prefix :]
-    key = f"{outcome.readout} | {','.join(map(str, outcome.layers))} | {outcome.tokens}"
-    return float(entropy.mean()), Gallery(key, shown, entropy.cpu().numpy())

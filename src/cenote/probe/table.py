@@ -17,9 +17,27 @@ def print_table(result: ProbeResult, console: Console | None = None) -> None:
         console = Console(file=console.file, width=150)
     settings = result.settings
     metric = result.rows[0].metric if result.rows else "score"
-    table = Table(title=f"{settings['backbone']} on {settings['data']}: {metric} on {len(result.targets)} test items", title_justify="left")
-    for name in ("tie", "readout", "layers", "tokens", "score", "95 % interval", "params", "MACs", "ms", "entropy", "lr", "train s"):
-        table.add_column(name, justify="left" if name in ("readout", "layers", "tokens") else "right", no_wrap=name == "readout")
+    table = Table(
+        title=f"{settings['backbone']} on {settings['data']}: {metric} on {len(result.targets)} test items",
+        title_justify="left",
+    )
+    for name in (
+        "tie",
+        "readout",
+        "layers",
+        "tokens",
+        "score",
+        "95 % interval",
+        "params",
+        "MACs",
+        "ms",
+        "entropy",
+        "lr",
+        "train s",
+    ):
+        table.add_column(
+            name, justify="left" if name in ("readout", "layers", "tokens") else "right", no_wrap=name == "readout"
+        )
     for row, following in zip(result.rows, [*result.rows[1:], None], strict=True):
         rate = "L-BFGS" if row.lr is None else f"{row.lr:g}" + (f" x{row.query_factor:g}" if row.query_factor else "")
         table.add_row(
@@ -34,7 +52,9 @@ def print_table(result: ProbeResult, console: Console | None = None) -> None:
     for note in result.notes:
         console.print(f"note: {note}", highlight=False)
     if result.folder is not None:
-        console.print(f"report: {result.folder / 'report.html'}   best readout: {result.folder / 'best'}", highlight=False)
+        console.print(
+            f"report: {result.folder / 'report.html'}   best readout: {result.folder / 'best'}", highlight=False
+        )
 
 
 def _short(number: int) -> str:

@@ -44,7 +44,9 @@ class Objective:
     @property
     def metric(self) -> str:
         """Name of the score."""
-        return {"classification": "accuracy", "multilabel": "label-ranking average precision", "regression": "R2"}[self.task]
+        return {"classification": "accuracy", "multilabel": "label-ranking average precision", "regression": "R2"}[
+            self.task
+        ]
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of each member: ``outputs`` ``(members, batch, outputs)`` to ``(members,)``."""

@@ -16,7 +16,7 @@ from cenote.probe.result import SCHEMA_VERSION, ProbeResult
 
 if TYPE_CHECKING:
     from cenote.backbones.base import Backbone
-    from cenote.probe.run import Outcome
+    from cenote.probe.outcome import Outcome
 
 
 class Folder:
@@ -53,7 +53,9 @@ class Folder:
         different = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
         if different:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in different[:3])
-            raise ValueError(f"{self.path} belongs to another configuration ({shown}): choose another --out or remove it")
+            raise ValueError(
+                f"{self.path} belongs to another configuration ({shown}): choose another --out or remove it"
+            )
 
     def write(
         self, result: ProbeResult, outcomes: list[Outcome], backbone: Backbone, host: Any, objective: Any
@@ -65,7 +67,11 @@ class Folder:
         result = dataclasses.replace(result, folder=self.path)
         write_results(result, self.path)
         arrays = io.BytesIO()
-        np.savez_compressed(arrays, targets=result.targets, **{k.replace("/", "_"): v for k, v in result.predictions.items()})
+        named: dict[str, Any] = {
+            "targets": result.targets,
+            **{k.replace("/", "_"): v for k, v in result.predictions.items()},
+        }
+        np.savez_compressed(arrays, **named)
         write_whole(self.path / "predictions.npz", arrays.getvalue())
         write_report(result, self.path / "report.html")
         save_best(result, outcomes, backbone, host, objective, self.path / "best")

@@ -12,7 +12,7 @@ from torch import Tensor
 from cenote.pooling.base import Pooling
 from cenote.probe.feed import Feed
 from cenote.probe.heads import Member
-from cenote.probe.linear import fit_linear
+from cenote.probe.linear import PENALTIES, fit_linear
 from cenote.probe.plan import Candidate
 from cenote.probe.tasks import Objective
 from cenote.probe.train import Group, Schedule, train_groups
@@ -50,12 +50,20 @@ class HeldFeed(Feed):
         return len(self.targets)
 
 
-def converged_accuracy(parts: Parts, pool: Callable[[Tensor], Tensor]) -> float:
-    """Test accuracy in per cent of a converged logistic regression on ``pool(tokens)``, penalty chosen on validation."""
+def converged_accuracy(
+    parts: Parts, pool: Callable[[Tensor], Tensor], penalties: Sequence[float] = PENALTIES
+) -> float:
+    """Test accuracy in per cent of a converged logistic regression on ``pool(tokens)``, penalty chosen on validation.
+
+    Raises:
+        RuntimeError: the chosen fit did not converge.
+    """
     with torch.no_grad():
         train, validation, test = (pool(part.tokens) for part in parts)
     objective = Objective("classification", int(parts.train.targets.max()) + 1)
-    fit = fit_linear(train, parts.train.targets, validation, parts.validation.targets, objective)
+    fit = fit_linear(train, parts.train.targets, validation, parts.validation.targets, objective, penalties, max_iter=5000)
+    if not fit.converged:
+        raise RuntimeError(f"the linear probe did not converge at penalty {fit.penalty}")
     return _per_cent(fit(test), parts.test.targets)
 
 

@@ -45,7 +45,7 @@ def _share(case, results: dict[str, torch.Tensor]) -> float:
     worst = 0.0
     for name, expected in case.outputs.items():
         wanted = expected.double()
-        error = (results[name].detach().double() - wanted).abs()
+        error = (results[name].detach().to(expected.dtype).double() - wanted).abs()
         allowed = case.atol + case.rtol * wanted.abs()
         share = torch.where(error > 0, error / allowed, torch.zeros_like(error))
         worst = max(worst, float(share.max()))

@@ -1,0 +1,257 @@
+"""GGeM: groups of channels that want different exponents, and what signed tokens do to a power mean."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cenote.ops.power import power_mean
+from cenote.pooling import create_pooling
+from cenote.pooling.ggem import GGeM
+from cenote.reproductions.base import Finding, Reproduction, Settings, finding
+from cenote.reproductions.digit_encoders import PATCHES, digits, embedded, encode
+from cenote.reproductions.fitting import Parts, converged_accuracy, trained_accuracy
+from cenote.reproductions.golden import golden_findings
+from cenote.reproductions.planted import planted_parts, two_kinds_of_evidence
+from cenote.reproductions.rows_figure import draw_rows
+
+CLAIM = "One exponent for each group of channels pools better than one exponent for all, the mean or the maximum."
+SPECIFIED = {"mean": 73.0, "max": 61.0, "GeM": 75.0, "GGeM": 99.0}
+"""Accuracies that the specification gives for the planted data."""
+
+
+def run(settings: Settings) -> list[Finding]:
+    settings.progress("planted data")
+    planted = _planted(settings.seeds)
+    if not settings.quick:
+        settings.progress("planted data with half the noise")
+        planted += _half_the_noise(settings.seeds)
+    settings.progress("signed tokens of a masked autoencoder")
+    signed = _signed_tokens()
+    settings.progress("exact properties")
+    return [*planted, *signed, *exact_findings()]
+
+
+def exact_findings() -> list[Finding]:
+    """Everything that holds whatever the data, and needs no training."""
+    x = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64).exp()
+    return [*golden_findings("ggem"), *_one_exponent(x), *_groups(x)]
+
+
+def _planted(seeds: Sequence[int]) -> list[Finding]:
+    accuracies, exponents = _fits(seeds, noise=1.0)
+    lead = [own - max(rest) for own, *rest in zip(*(accuracies[name] for name in ("GGeM", "GeM", "mean", "max")), strict=True)]
+    found = [
+        finding(
+            "On planted data GGeM is ahead of the best of GeM, mean and maximum.",
+            "at least 15 points",
+            lead,
+            lambda v: v >= 15,
+            paper="24 points (specification); the paper claims 0.1 to 0.7 points on ImageNet-1k",
+            unit="points",
+            note=(
+                "The evidence sits in a fixed channel, as the specification's text is most simply read. It leaves open "
+                "whether the channel is fixed; a channel drawn anew for every item lowers all four accuracies further."
+            ),
+        )
+    ]
+    for name, specified in SPECIFIED.items():
+        found.append(
+            finding(
+                f"Accuracy of {name} on the planted data.",
+                f"within 5 points of {specified:g}",
+                accuracies[name],
+                lambda v, s=specified: abs(v - s) <= 5,
+                unit="% of planted items",
+                note=_NOISE_NOTE if name == "mean" else "",
+            )
+        )
+    high, low = zip(*exponents["GGeM"], strict=True)
+    return [
+        *found,
+        finding(
+            "GGeM learns an exponent near the maximum for the group with one telling token.",
+            "about 12 (8 to 18)",
+            high,
+            lambda p: 8 <= p <= 18,
+            unit="p",
+        ),
+        finding(
+            "GGeM learns an exponent at the clamp, a geometric mean, for the group that every token tells about.",
+            "below 0.1",
+            low,
+            lambda p: p < 0.1,
+            unit="p of the second group",
+            note="The exponent as used; it starts at 3 and the clamp is 0.01.",
+        ),
+    ]
+
+
+_NOISE_NOTE = (
+    "The specification's accuracies of mean and maximum cannot come from its text: with one channel the maximum of 16 "
+    "exponential(1) values, moved by 0.45, tells the second bit with 55.6 % at best (the first is nearly certain), below "
+    "the 61 % it reports. Exponential noise of mean 1/2 gives numbers close to all four; see the full run."
+)
+
+
+def _half_the_noise(seeds: Sequence[int]) -> list[Finding]:
+    accuracies, _ = _fits(seeds, noise=0.5)
+    means = {name: sum(values) / len(values) for name, values in accuracies.items()}
+    gap = max(abs(means[name] - SPECIFIED[name]) for name in SPECIFIED)
+    return [
+        finding(
+            "With exponential noise of mean 1/2 the four accuracies of the specification come out.",
+            "largest deviation of a mean over seeds at most 5 points",
+            gap,
+            lambda v: v <= 5,
+            unit="points",
+            note="Measured: " + ", ".join(f"{name} {value:.1f}" for name, value in means.items()) + ".",
+        )
+    ]
+
+
+def _fits(seeds: Sequence[int], noise: float) -> tuple[dict[str, list[float]], dict[str, list[list[float]]]]:
+    """Test accuracies by pooling, one a seed, and the exponents that GeM and GGeM ended with."""
+    accuracies: dict[str, list[float]] = {name: [] for name in SPECIFIED}
+    exponents: dict[str, list[list[float]]] = {"GeM": [], "GGeM": []}
+    for seed in seeds:
+        parts = planted_parts(partial(two_kinds_of_evidence, noise=noise), seed)
+        for name in ("mean", "max"):
+            accuracies[name].append(converged_accuracy(parts, create_pooling(name, dim=16)))
+        for name, groups in (("GeM", {}), ("GGeM", {"num_groups": 2})):
+            fit = trained_accuracy(
+                parts, name.lower(), lrs=(1e-2,), rate_factors={"p": 5.0}, seeds=(seed,), batch_size=128, **groups
+            )
+            accuracies[name] += fit.accuracies
+            exponents[name].append(fit.poolings[0].exponents.tolist())
+    return accuracies, exponents
+
+
+def _signed_tokens() -> list[Finding]:
+    """Frozen tokens of the shipped masked autoencoder, read by a converged probe."""
+    encoder = embedded()
+    parts = encode(encoder, digits(encoder.config)).read(PATCHES)
+    dim = encoder.config.dim
+    mean = converged_accuracy(parts, lambda x: x.mean(dim=1))
+    losses = {p: mean - _gem(parts, dim, p) for p in (1.0, 3.0)}
+    offset = {p: _gem(parts, dim, p, offset=True) for p in (3.0, 20.0)}
+    return [
+        finding(
+            "On signed tokens clamping alone (GeM with p = 1) is worse than the mean.",
+            "at least 3 points worse",
+            losses[1.0],
+            lambda v: v >= 3,
+            paper="9.5 points (specification)",
+            unit="points lost",
+            note=f"The mean has {mean:.1f} %. A negative result about arbitrary frozen tokens, kept on purpose.",
+        ),
+        finding(
+            "On signed tokens clamped GeM with p = 3 is worse than the mean.",
+            "at least 3 points worse",
+            losses[3.0],
+            lambda v: v >= 3,
+            paper="6.2 points (specification)",
+            unit="points lost",
+        ),
+        *(
+            finding(
+                f"After subtracting each channel's training minimum, GeM with p = {p:g} is no worse than the mean.",
+                "at least -1 point",
+                accuracy - mean,
+                lambda v: v >= -1,
+                paper=f"{specified} points (specification)",
+                unit="points gained",
+            )
+            for (p, accuracy), specified in zip(offset.items(), ("+1.4", "+2.2"), strict=True)
+        ),
+        finding(
+            "About half of the entries of signed tokens are clamped away.",
+            "45 to 60 %",
+            100 * create_pooling("gem", dim=dim).clamped_fraction(parts.train.tokens).item(),
+            lambda v: 45 <= v <= 60,
+            paper="53 % (specification)",
+            unit="% clamped",
+        ),
+    ]
+
+
+def _gem(parts: Parts, dim: int, p: float, offset: bool = False) -> float:
+    pool = create_pooling("gem", dim=dim, p=p, offset=offset)
+    if offset:
+        pool.fit_offset(parts.train.tokens)
+    return converged_accuracy(parts, pool)
+
+
+def _one_exponent(x: Tensor) -> list[Finding]:
+    def f(p: float, tokens: Tensor = x) -> Tensor:
+        return power_mean(tokens, torch.tensor([p], dtype=tokens.dtype))
+
+    exponents = [2.0**k for k in range(7)]
+    single = max(_relative(f(p, x.float()).double(), f(p, x.float().double())) for p in exponents)
+    top, low = x.amax(dim=1), x.amin(dim=1)
+    ladder = [f(p) for p in (0.02, 0.1, 0.5, *exponents, 1000.0)]
+    outside = max(float(torch.maximum(v - top, low - v).max()) for v in ladder)
+    fall = max(float((a - b).max()) for a, b in zip(ladder, ladder[1:], strict=False))
+    scaling = max(_relative(f(p, 2.5 * x), 2.5 * f(p)) for p in exponents)
+    return [
+        _at_most("In float32 the log-domain form agrees with float64 for p from 1 to 64.", single, 1e-5, "relative"),
+        _at_most("p = 1 on positive tokens is the mean.", _relative(f(1.0), x.mean(dim=1)), 1e-12, "relative"),
+        _at_most(
+            "p = 1000 is within ln(N)/1000 of the maximum.", float(((top - f(1000.0)) / top).max()), math.log(16) / 1000, "relative"
+        ),
+        _at_most("The result lies between the smallest and the largest token.", outside, 1e-12, "outside by"),
+        _at_most("The result does not fall as p grows (power-mean inequality).", fall, 1e-12, "fall"),
+        _at_most("Scaling positive tokens scales the result.", scaling, 1e-12, "relative"),
+    ]
+
+
+def _groups(x: Tensor) -> list[Finding]:
+    gem = create_pooling("gem", dim=24, p=2.5).double()(x)
+    same = [GGeM(24, groups, p=2.5).double()(x) for groups in (1, 6, 24)]
+    values = torch.tensor([1.0, 2.0, 3.0, 3.0, 4.0, 6.0])
+    pool = GGeM.from_reference({"p": values}, dim=24, num_groups=6).double()
+    padded = torch.cat([torch.full((3, 2, 24), float("nan"), dtype=x.dtype), x, torch.full((3, 3, 24), 1e9)], dim=1)
+    mask = torch.zeros(3, 21, dtype=torch.bool)
+    mask[:, 2:18] = True
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    points = x[:2, :5].clone().requires_grad_(), pool.p.detach().clone().requires_grad_()
+    call: Callable[[Tensor, Tensor], Tensor] = lambda tokens, p: torch.func.functional_call(pool, {"p": p}, (tokens,))  # noqa: E731
+    found = [
+        _at_most("One group, and equal exponents in all groups, are GeM.", max(_relative(s, gem) for s in same), 1e-12, "relative"),
+        _at_most("The order of the tokens changes nothing.", _relative(pool(x[:, order]), pool(x)), 1e-12, "relative"),
+        _at_most("A padded row with its mask pools as the row alone.", _relative(pool(padded, mask), pool(x)), 1e-12, "relative"),
+        finding(
+            "Gradients for tokens and exponents pass gradcheck in float64.",
+            "passes",
+            float(torch.autograd.gradcheck(call, points)),
+            lambda v: v == 1,
+            unit="(1 = passes)",
+        ),
+    ]
+    if importlib.util.find_spec("torch_geometric") is not None:
+        from torch_geometric.nn.aggr import PowerMeanAggregation
+
+        peer = PowerMeanAggregation(learn=True, channels=24).double()
+        peer.p.data.copy_(values.repeat_interleave(4))
+        theirs = peer(x.flatten(0, 1), torch.arange(3).repeat_interleave(16))
+        ours = GGeM.from_reference({"p": values}, dim=24, num_groups=6, eps=1e-4).double()(x)
+        found.append(
+            _at_most("PyTorch Geometric's PowerMeanAggregation with repeated exponents agrees.", _relative(ours, theirs), 1e-9, "relative")
+        )
+    return found
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float(((a - b).abs() / b.abs()).max())
+
+
+def _at_most(claim: str, value: float, bound: float, unit: str) -> Finding:
+    return finding(claim, f"at most {bound:.3g}", value, lambda v: v <= bound, unit=unit)
+
+
+REPRODUCTION = Reproduction("ggem", CLAIM, run, draw_rows)
