@@ -10,6 +10,7 @@ import typer
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
+    no_args_is_help=True,
     help="List and clear the stored features. A probe extracts them once and reads them from there ever after.",
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,6 +57,9 @@ def command(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the interrupted run in this folder (give the same options).")
     ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also write best/model.onnx (backbone and readout), checked against torch.")
+    ] = False,
     cache_dir: Annotated[
         str | None, typer.Option(help="Where features are kept (default: CENOTE_CACHE or ~/.cache/cenote).")
     ] = None,
@@ -145,8 +148,21 @@ def command(
             )
     for result in results:
         print_table(result)
+        if onnx:
+            _export(result.folder / "best", backbone, backbone_options)
     if len(results) > 1:
         print(compare_across(results, folder))
+
+
+def _export(best: Path, backbone: str, backbone_options: dict[str, Any]) -> None:
+    from cenote.backbones import load_backbone
+    from cenote.probe.export_onnx import export_onnx
+    from cenote.probe.readout import Readout
+
+    export = export_onnx(
+        Readout.from_pretrained(best), load_backbone(backbone, **backbone_options), best / "model.onnx"
+    )
+    typer.echo(f"{export.path}: differs from torch by at most {export.max_abs_difference:.2g}")
 
 
 def _numbers(text: str | None, option: str) -> list[float] | None:

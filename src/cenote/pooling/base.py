@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cenote.ops.masked import require_real_tokens
+from cenote.ops.masked import require_real_tokens, zero_padding
 from cenote.ops.query_attention import Read, attend
 
 
@@ -167,6 +167,7 @@ class QueryPooling(Pooling):
 
     def prepare(self, tokens: Tensor, mask: Tensor | None) -> Prepared:
         """Keys, values and mean of the tokens, free of trainable parameters. Plain tokens unless overridden."""
+        tokens = zero_padding(tokens, mask)
         return Prepared(tokens, tokens, mask)
 
     @abstractmethod

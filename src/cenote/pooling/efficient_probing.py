@@ -44,6 +44,10 @@ class EfficientProbing(QueryPooling):
 
     def query(self, prepared: Prepared) -> Query:
         queries = self.queries if prepared.query_tokens is None else prepared.query_tokens
+        if queries.shape[-2:] != self.queries.shape:
+            raise ValueError(
+                f"query_tokens must be (batch, {', '.join(map(str, self.queries.shape))}), got {tuple(queries.shape)}"
+            )
         return Query(queries * self.dim**-0.5)
 
     def finish(self, read: Read, prepared: Prepared) -> Tensor:

@@ -39,7 +39,7 @@ def best_readout(
         pooling=ENCODER_POOLER if candidate is None else candidate.readout,
         options={} if candidate is None else dict(candidate.options),
         dim=head.in_features if candidate is None else host.dim,
-        layers=outcome.layers, tokens=outcome.tokens, grid=host.grid, task=objective.task, classes=result.classes,  # type: ignore[arg-type]
+        layers=outcome.layers, tokens=outcome.tokens, grid=host.grid, task=objective.task, classes=result.classes,
         outputs=objective.outputs, backbone=backbone.spec, revision=getattr(backbone, "revision", None),
         backbone_options=result.settings["backbone_options"], backbone_fingerprint=backbone.fingerprint(),
         norm_eps=norm.eps,

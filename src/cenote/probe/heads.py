@@ -13,7 +13,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from cenote.ops.masked import widen
 from cenote.ops.query_attention import Read, attend
-from cenote.pooling.base import Pooling, Query, QueryPooling
+from cenote.pooling.base import Pooling, Prepared, Query, QueryPooling
 
 Stack = dict[str, Tensor]
 
@@ -38,11 +38,6 @@ class _Method(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.call(self.pooling, *args)
-
-
-def _query(pooling: QueryPooling, prepared: Any) -> tuple[Tensor, ...]:
-    """The query's tensors without the ``None`` fields, which vmap cannot return."""
-    return tuple(part for part in pooling.query(prepared) if part is not None)
 
 
 class StackedReadout(nn.Module):
@@ -92,22 +87,22 @@ class StackedReadout(nn.Module):
             return self._vmapped(params, buffers, tokens, mask), None
         pooling: QueryPooling = self.template  # type: ignore[assignment]
         prepared = pooling.prepare(tokens, mask)
-        fields = [part is not None for part in pooling.query(prepared)]
-        parts = _over_members(pooling, _query, params, (prepared,), (None,))
-        present = iter(parts)
-        query = Query(*(_side_by_side(next(present)) if there else None for there in fields))
+        there: list[bool] = []
+
+        def present(pooling: QueryPooling, prepared: Prepared) -> tuple[Tensor, ...]:
+            """The query without its ``None`` fields, which vmap cannot return."""
+            query = pooling.query(prepared)
+            there[:] = (part is not None for part in query)
+            return tuple(part for part in query if part is not None)
+
+        parts = iter(_over_members(pooling, present, params, (prepared,), (None,)))
+        query = Query(*(_side_by_side(next(parts)) if known else None for known in there))
         read = attend(query.queries, prepared.keys, prepared.values, mask, query.bias, query.extra)
         apart = Read(*(None if part is None else _apart(part, len(self.members)) for part in read))
-        if apart.extra is None:
-            pooled = _over_members(
-                pooling, lambda p, z, w, pre: p.finish(Read(z, w), pre), params,
-                (apart.pooled, apart.weights, prepared), (0, 0, None),
-            )  # fmt: skip
-        else:
-            pooled = _over_members(
-                pooling, lambda p, z, w, e, pre: p.finish(Read(z, w, e), pre), params,
-                (apart.pooled, apart.weights, apart.extra, prepared), (0, 0, 0, None),
-            )  # fmt: skip
+        pooled = _over_members(
+            pooling, lambda p, *rest: p.finish(Read(*rest[:-1]), rest[-1]), params,
+            (*apart, prepared), (*(None if part is None else 0 for part in apart), None),
+        )  # fmt: skip
         return pooled, apart.weights
 
     def _vmapped(self, params: Stack, buffers: Stack, tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -132,12 +127,12 @@ class StackedReadout(nn.Module):
         if not self.training:
             mean, var = self.stats["norm.mean"][:, None], self.stats["norm.var"][:, None]
             return (pooled - mean) * (var + BN_EPS).rsqrt()
-        var, mean = torch.var_mean(pooled, dim=1, correction=0)
-        with torch.no_grad():
-            batch = pooled.shape[1]
-            self.stats["norm.mean"].lerp_(mean.detach(), BN_MOMENTUM)
-            self.stats["norm.var"].lerp_(var.detach() * (batch / max(batch - 1, 1)), BN_MOMENTUM)
-        return (pooled - mean[:, None]) * (var[:, None] + BN_EPS).rsqrt()
+        # One fused batch norm over the channels of all members.
+        members, batch, width = pooled.shape
+        flat = pooled.transpose(0, 1).reshape(batch, members * width)
+        tracked = self.stats["norm.mean"].view(-1), self.stats["norm.var"].view(-1)
+        normed = torch.batch_norm(flat, None, None, *tracked, True, BN_MOMENTUM, BN_EPS, False)
+        return normed.view(batch, members, width).transpose(0, 1)
 
     def train(self, mode: bool = True) -> StackedReadout:
         super().train(mode)

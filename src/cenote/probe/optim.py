@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -57,14 +58,14 @@ class StackOptimizer(ABC):
     def step(self, grads: Stack, schedule: float = 1.0) -> None:
         """One update of every member; ``schedule`` multiplies all learning rates."""
         self.steps += 1
-        for name, grad in grads.items():
-            rate = self.lr * schedule
-            if name in self.factors:
-                rate = rate * self.factors[name]
-            self._update(name, self.params[name], grad, _per_member(rate, grad))
+        self._update(grads, schedule)
 
     @abstractmethod
-    def _update(self, name: str, param: Tensor, grad: Tensor, rate: Tensor) -> None: ...
+    def _update(self, grads: Stack, schedule: float) -> None: ...
+
+    def rate(self, name: str) -> Tensor:
+        """Base learning rate of each member for one parameter, ``(members,)``."""
+        return self.lr * self.factors[name] if name in self.factors else self.lr
 
     def keep(self, members: Tensor, params: Stack) -> None:
         """Go on with a subset of members, whose parameters are ``params``."""
@@ -85,56 +86,82 @@ class StackOptimizer(ABC):
 
 
 class AdamW(StackOptimizer):
-    """AdamW (Loshchilov and Hutter, 2019), betas 0.9 and 0.999, eps 1e-8."""
+    """AdamW (Loshchilov and Hutter, 2019), betas 0.9 and 0.999, eps 1e-8.
+
+    torch's fused kernel passes over the memory once, but knows one learning rate a call: members that stand next to each
+    other and share a rate go through it together.
+    """
 
     slots = ("exp_avg", "exp_avg_sq")
     betas, eps = (0.9, 0.999), 1e-8
 
-    def _update(self, name: str, param: Tensor, grad: Tensor, rate: Tensor) -> None:
-        first, second = self.betas
-        average, square = self.state["exp_avg"][name], self.state["exp_avg_sq"][name]
-        if self.weight_decay and param.ndim > 2:
-            param.mul_(1 - rate * self.weight_decay)
-        average.lerp_(grad, 1 - first)
-        square.mul_(second).addcmul_(grad, grad, value=1 - second)
-        denominator = square.sqrt().div_(math.sqrt(1 - second**self.steps)).add_(self.eps)
-        param.sub_(average.div(denominator).mul_(rate / (1 - first**self.steps)))
+    def _update(self, grads: Stack, schedule: float) -> None:
+        pieces: dict[tuple[float, bool], list[tuple[str, slice]]] = {}
+        for name in grads:
+            decays = self.params[name].ndim > 2
+            for rate, members in _runs(self.rate(name)):
+                pieces.setdefault((rate, decays), []).append((name, members))
+        for (rate, decays), own in pieces.items():
+            count = torch.full((), float(self.steps), device=self.params[own[0][0]].device)
+            # The kernel takes tensors for contiguous without asking.
+            torch._fused_adamw_(
+                [self.params[n][m].detach() for n, m in own], [grads[n][m].contiguous() for n, m in own],
+                [self.state["exp_avg"][n][m] for n, m in own], [self.state["exp_avg_sq"][n][m] for n, m in own],
+                [], [count] * len(own), lr=rate * schedule, beta1=self.betas[0], beta2=self.betas[1],
+                weight_decay=self.weight_decay if decays else 0.0, eps=self.eps, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
 
-class SGD(StackOptimizer):
-    """Stochastic gradient descent with momentum 0.9."""
+def _runs(rates: Tensor) -> list[tuple[float, slice]]:
+    """Stretches of members with one rate: ``[0.1, 0.1, 0.3]`` to ``[(0.1, 0:2), (0.3, 2:3)]``."""
+    runs, start = [], 0
+    for rate, group in groupby(rates.tolist()):
+        stop = start + len(list(group))
+        runs.append((rate, slice(start, stop)))
+        start = stop
+    return runs
+
+
+class _Momentum(StackOptimizer):
+    """Momentum 0.9 on gradients that a subclass prepares."""
 
     slots = ("momentum",)
     momentum = 0.9
 
-    def _update(self, name: str, param: Tensor, grad: Tensor, rate: Tensor) -> None:
-        if self.weight_decay and param.ndim > 2:
-            grad = grad + self.weight_decay * param
-        velocity = self.state["momentum"][name].mul_(self.momentum).add_(grad)
-        param.sub_(rate * velocity)
+    def _update(self, grads: Stack, schedule: float) -> None:
+        for name, grad in grads.items():
+            param = self.params[name]
+            velocity = self.state["momentum"][name].mul_(self.momentum).add_(self._prepared(param, grad))
+            param.sub_(_per_member(self.rate(name) * schedule, grad) * velocity)
+
+    @abstractmethod
+    def _prepared(self, param: Tensor, grad: Tensor) -> Tensor: ...
 
 
-class LARS(StackOptimizer):
+class SGD(_Momentum):
+    """Stochastic gradient descent with momentum 0.9."""
+
+    def _prepared(self, param: Tensor, grad: Tensor) -> Tensor:
+        return grad + self.weight_decay * param if self.weight_decay and param.ndim > 2 else grad
+
+
+class LARS(_Momentum):
     """Layer-wise adaptive rate scaling (You et al., 2017) as used for linear probes.
 
     Tensors with at least two axes: ``g <- (g + wd p) * trust |p| / |g|`` (factor 1 if a norm is 0), norms taken for
     each member by itself; then momentum 0.9. One-axis tensors get neither decay nor scaling.
     """
 
-    slots = ("momentum",)
-    momentum, trust = 0.9, 0.001
+    trust = 0.001
 
-    def _update(self, name: str, param: Tensor, grad: Tensor, rate: Tensor) -> None:
-        if param.ndim > 2:
-            grad = grad + self.weight_decay * param
-            weight_norm = param.flatten(1).norm(dim=1)
-            grad_norm = grad.flatten(1).norm(dim=1)
-            scale = torch.where(
-                (weight_norm > 0) & (grad_norm > 0), self.trust * weight_norm / grad_norm, torch.ones_like(grad_norm)
-            )
-            grad = grad * _per_member(scale, grad)
-        velocity = self.state["momentum"][name].mul_(self.momentum).add_(grad)
-        param.sub_(rate * velocity)
+    def _prepared(self, param: Tensor, grad: Tensor) -> Tensor:
+        if param.ndim <= 2:
+            return grad
+        grad = grad + self.weight_decay * param
+        weight_norm, grad_norm = param.flatten(1).norm(dim=1), grad.flatten(1).norm(dim=1)
+        known = (weight_norm > 0) & (grad_norm > 0)
+        scale = torch.where(known, self.trust * weight_norm / grad_norm, torch.ones_like(grad_norm))
+        return grad * _per_member(scale, grad)
 
 
 OPTIMIZERS: dict[str, type[StackOptimizer]] = {"adamw": AdamW, "sgd": SGD, "lars": LARS}

@@ -281,7 +281,8 @@ def _fit_free(
         return []
     display.stage("fit linear models", len(free) + len(extras))
     found = []
-    for job in [*free, *extras]:
+    jobs: list[Candidate | str] = [*free, *extras]
+    for job in jobs:
         outcome = fit_free(job, *feeds, objective, host)
         if outcome is not None:
             found.append(outcome)

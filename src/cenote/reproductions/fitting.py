@@ -50,9 +50,7 @@ class HeldFeed(Feed):
         return len(self.targets)
 
 
-def converged_accuracy(
-    parts: Parts, pool: Callable[[Tensor], Tensor], penalties: Sequence[float] = PENALTIES
-) -> float:
+def converged_accuracy(parts: Parts, pool: Callable[[Tensor], Tensor], penalties: Sequence[float] = PENALTIES) -> float:
     """Test accuracy in per cent of a converged logistic regression on ``pool(tokens)``, penalty chosen on validation.
 
     Raises:
@@ -61,7 +59,9 @@ def converged_accuracy(
     with torch.no_grad():
         train, validation, test = (pool(part.tokens) for part in parts)
     objective = Objective("classification", int(parts.train.targets.max()) + 1)
-    fit = fit_linear(train, parts.train.targets, validation, parts.validation.targets, objective, penalties, max_iter=5000)
+    fit = fit_linear(
+        train, parts.train.targets, validation, parts.validation.targets, objective, penalties, max_iter=5000
+    )
     if not fit.converged:
         raise RuntimeError(f"the linear probe did not converge at penalty {fit.penalty}")
     return _per_cent(fit(test), parts.test.targets)

@@ -24,7 +24,11 @@ def golden_findings(paper: str) -> list[Finding]:
     try:
         cases = importlib.import_module("golden.cases")
         run = importlib.import_module(f"golden.adapters.{paper.replace('-', '_')}").run
-        files = [case for path in sorted(cases.GOLDEN_DIR.glob("*.safetensors")) if (case := cases.read_case(path)).paper == paper]
+        files = [
+            case
+            for path in sorted(cases.GOLDEN_DIR.glob("*.safetensors"))
+            if (case := cases.read_case(path)).paper == paper
+        ]
         shares = {case.path.stem: _share(case, run(case)) for case in files}
     finally:
         sys.path.remove(str(TESTS))

