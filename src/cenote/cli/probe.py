@@ -148,7 +148,7 @@ def command(
             )
     for result in results:
         print_table(result)
-        if onnx:
+        if onnx and result.folder is not None:
             _export(result.folder / "best", backbone, backbone_options)
     if len(results) > 1:
         print(compare_across(results, folder))

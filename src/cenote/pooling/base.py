@@ -25,6 +25,7 @@ class Pooling(nn.Module):
         layers: ``"last"`` takes ``(batch, tokens, dim)``, ``"all"`` takes ``(batch, layers, tokens, dim)``.
         permutation_invariant: whether the order of the tokens is irrelevant.
         attends: whether there are attention weights to return.
+        needs_grid: whether the tokens must fill a grid of patches, so that sequences cannot be read.
         query_parameters: names of parameters that act as learned queries. They need a larger learning rate than the
             rest under Adam-type optimisers, or attention stays uniform.
         no_weight_decay_parameters: names of parameters that decay would spoil.
@@ -35,6 +36,7 @@ class Pooling(nn.Module):
     layers: Literal["last", "all"] = "last"
     permutation_invariant: ClassVar[bool] = True
     attends: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
     query_parameters: ClassVar[tuple[str, ...]] = ()
     no_weight_decay_parameters: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str | None] = None

@@ -36,6 +36,7 @@ class CBAM(Pooling):
     """
 
     name = "cbam"
+    needs_grid = True
     paper = "efficient-probing"
     permutation_invariant = False
 

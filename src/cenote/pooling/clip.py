@@ -41,6 +41,7 @@ class ClipPooling(CrossAttentionPooling):
     """
 
     name = "clip"
+    needs_grid = True
     paper = "efficient-probing"
     permutation_invariant = False
 

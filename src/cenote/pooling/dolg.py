@@ -59,6 +59,7 @@ class DOLG(Pooling):
     """
 
     name = "dolg"
+    needs_grid = True
     paper = "efficient-probing"
     attends = True
 

@@ -37,6 +37,7 @@ class SPP(Pooling):
     """
 
     name = "spp"
+    needs_grid = True
     paper = "spp"
     permutation_invariant = False
 

@@ -152,6 +152,8 @@ def plan(
             continue
         candidates += _expand(spec, host, layers, tokens, seeds, lrs, query_factors)
     unique = list({candidate.key: candidate for candidate in candidates}.values())
+    if readouts == "free":
+        unique = [candidate for candidate in unique if not candidate.members]
     if not unique and not extras:
         raise ValueError("nothing to compare: no readout fits this backbone and token choice")
     return unique
@@ -183,15 +185,9 @@ def reads_stack(spec: str) -> bool:
 
 def _group(name: str, host: Host) -> list[str]:
     names = list_poolings()
-    if name == "free":
-        return [n for n in names if not _parameters(n)]
     if name == "last":
         return [n for n in names if not reads_stack(n)]
     return [*names, *(COMPOSED if len(host.layers) > 1 else ())]
-
-
-def _parameters(name: str) -> bool:
-    return name not in ("mean", "max", "cls", "last_token", "weighted_mean", "spp")
 
 
 def unfit(spec: str, host: Host) -> str | None:
@@ -200,18 +196,27 @@ def unfit(spec: str, host: Host) -> str | None:
     cls = pooling_class(name)
     if name in CLASS_ONLY and host.prefix < 1:
         return "the backbone has no class token"
-    if "grid" in inspect.signature(cls).parameters and (host.grid is None or not host.uniform):
+    if cls.needs_grid and (host.grid is None or not host.uniform):
         return "it needs a patch grid, and this backbone gives sequences"
     if reads_stack(spec) and len(host.layers) < 2:
         return "it reads several layers, and only one is extracted"
     return None
 
 
-def _expand(spec, host: Host, layers, tokens, seeds, lrs, query_factors) -> list[Candidate]:
+def _expand(
+    spec: str,
+    host: Host,
+    layers: Sequence[int],
+    tokens: str | Sequence[str],
+    seeds: int,
+    lrs: Sequence[float] | None,
+    query_factors: Sequence[float] | None,
+) -> list[Candidate]:
+    """A readout at each layer (or over the stack) and each token choice."""
     name = _base_name(spec)
     stack = reads_stack(spec)
-    grid_bound = "grid" in inspect.signature(pooling_class(name)).parameters
-    choices: list[TokenChoice] = _token_choices(name, host, tokens, grid_bound)
+    cls = pooling_class(name)
+    choices: list[TokenChoice] = _token_choices(name, host, tokens, cls.needs_grid)
     layer_sets = [host.layers] if stack else [(layer,) for layer in layers]
     found = []
     for chosen in layer_sets:
@@ -220,9 +225,10 @@ def _expand(spec, host: Host, layers, tokens, seeds, lrs, query_factors) -> list
         options = {key: value for key, value in default_options(name, width).items() if key not in given}
         if stack:
             options["num_layers"] = len(chosen)
-        if grid_bound and host.grid is not None:
+        if cls.needs_grid and host.grid is not None:
             options["grid"] = tuple(host.grid)
-        members = _members(name, spec, seeds, lrs, query_factors)
+        pooling = create_pooling(spec, dim=host.dim, **options)
+        members = _members(name, pooling, seeds, lrs, query_factors)
         found += [Candidate(spec, chosen, choice, tuple(sorted(options.items())), members) for choice in choices]
     return found
 
@@ -236,7 +242,7 @@ def _inline_names(spec: str) -> set[str]:
     }
 
 
-def _token_choices(name: str, host: Host, tokens: str | Sequence[str], grid_bound: bool) -> list[TokenChoice]:
+def _token_choices(name: str, host: Host, tokens: str | Sequence[str], needs_grid: bool) -> list[TokenChoice]:
     if name in CLASS_ONLY:
         return ["class"]
     if tokens == "auto":
@@ -247,21 +253,20 @@ def _token_choices(name: str, host: Host, tokens: str | Sequence[str], grid_boun
             raise ValueError(f"tokens must be 'auto', 'class', 'patches' or 'both', got {choice!r}")
         if choice == "class" and host.prefix < 1:
             raise ValueError("this backbone has no class token: choose tokens='patches' or 'both'")
-    if grid_bound:
+    if needs_grid:
         return ["patches"]
     # One token makes every token readout the same as cls.
     return [choice for choice in wanted if choice != "class"]  # type: ignore[misc]
 
 
-def _members(name: str, spec: str, seeds: int, lrs, query_factors) -> tuple[Member, ...]:
-    learned = _parameters(name) or "weighted_layers" in spec
-    if not learned:
+def _members(
+    name: str, pooling: Pooling, seeds: int, lrs: Sequence[float] | None, query_factors: Sequence[float] | None
+) -> tuple[Member, ...]:
+    """The grid of a readout: learning rates x query factors x seeds, or nothing where there is nothing to learn."""
+    if not any(True for _ in pooling.parameters()):
         return ()
-    has_queries = bool(pooling_class(name).query_parameters)
+    has_queries = bool(pooling.query_parameters)
     if lrs is None:
         lrs = BLOCK_LRS if name in BLOCKS else QUERY_LRS if has_queries else LINEAR_LRS
-    if query_factors is None:
-        query_factors = QUERY_FACTORS if has_queries else (1.0,)
-    if not has_queries:
-        query_factors = (1.0,)
-    return tuple(Member(lr, factor, seed) for lr in lrs for factor in query_factors for seed in range(seeds))
+    factors = (1.0,) if not has_queries else QUERY_FACTORS if query_factors is None else query_factors
+    return tuple(Member(lr, factor, seed) for lr in lrs for factor in factors for seed in range(seeds))

@@ -112,8 +112,8 @@ def _margin(settings: Settings, rows: dict[str, list[list[float]]]) -> Finding:
     margins = _margins(rows)
     several = "One value a pretraining seed, each the mean of readouts trained from every seed."
     return finding(
-        "On masked-autoencoder tokens efficient probing, the weaker of 4 and 16 queries, beats a converged linear probe "
-        "of the mean.",
+        "On masked-autoencoder tokens efficient probing, the weaker of 4 and 16 queries, beats a converged linear "
+        "probe of the mean.",
         "at least 5 points, on the mean of the seeds",
         margins,
         lambda _: fmean(margins) >= 5,

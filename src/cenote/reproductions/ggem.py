@@ -220,12 +220,12 @@ def _groups(x: Tensor) -> list[Finding]:
     gem = GeM(24, p=2.5).double()(x)
     same = [GGeM(24, groups, p=2.5).double()(x) for groups in (1, 6, 24)]
     values = torch.tensor([1.0, 2.0, 3.0, 3.0, 4.0, 6.0])
-    pool = GGeM.from_reference({"p": values}, dim=24, num_groups=6).double()
+    pool: torch.nn.Module = GGeM.from_reference({"p": values}, dim=24, num_groups=6).double()
     padded = torch.cat([torch.full((3, 2, 24), float("nan"), dtype=x.dtype), x, torch.full((3, 3, 24), 1e9)], dim=1)
     mask = torch.zeros(3, 21, dtype=torch.bool)
     mask[:, 2:18] = True
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
-    points = x[:2, :5].clone().requires_grad_(), pool.p.detach().clone().requires_grad_()
+    points = x[:2, :5].clone().requires_grad_(), values.double().requires_grad_()
     call: Callable[[Tensor, Tensor], Tensor] = lambda tokens, p: torch.func.functional_call(pool, {"p": p}, (tokens,))  # noqa: E731
     found = [
         _at_most(
