@@ -36,15 +36,9 @@ def main() -> None:
 
         assert torch.equal(ours(), peer())
         times = interleaved({"derived levels": ours, "four roi_pool calls": peer}, repeats=7, warmup=1)
-        rows.append(
-            {
-                "device": device,
-                "threads": torch.get_num_threads(),
-                "regions": regions,
-                **{f"{name} ms": min(seconds) * 1e3 for name, seconds in times.items()},
-                "ratio": ratio(times, "four roi_pool calls", "derived levels"),
-            }  # fmt: skip
-        )
+        row = {"device": device, "threads": torch.get_num_threads(), "regions": regions}
+        row |= {f"{name} ms": min(seconds) * 1e3 for name, seconds in times.items()}
+        rows.append(row | {"ratio": ratio(times, "four roi_pool calls", "derived levels")})
     finish("spp_regions", "four torchvision roi_pool calls", 1.5, rows, rows[-1]["ratio"], __doc__)
 
 

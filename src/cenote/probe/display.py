@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+QUIET_SECONDS = 15.0
+"""Between lines where there is no terminal."""
 
 
 @runtime_checkable
@@ -45,6 +49,7 @@ class Terminal(AbstractContextManager):
             TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[best]}"), console=self.console,
         )  # fmt: skip
         self.task: TaskID | None = None
+        self.said = 0.0
 
     def __enter__(self) -> Terminal:
         if self.console.is_terminal:
@@ -57,6 +62,7 @@ class Terminal(AbstractContextManager):
     def stage(self, name: str, total: int) -> None:
         if not self.console.is_terminal:
             self.console.print(f"{name} ({total})", highlight=False)
+            self.said = time.monotonic()
         if self.task is not None:
             self.progress.update(self.task, completed=self.progress.tasks[-1].total)
         self.task = self.progress.add_task(name, total=max(total, 1), best="")
@@ -65,6 +71,10 @@ class Terminal(AbstractContextManager):
         if self.task is not None:
             fields: dict[str, Any] = {"best": best} if best else {}
             self.progress.update(self.task, advance=steps, **fields)
+        if not self.console.is_terminal and time.monotonic() - self.said > QUIET_SECONDS:
+            self.said = time.monotonic()
+            task = self.progress.tasks[-1]
+            self.say(f"  {task.completed:g} of {task.total:g} after {task.elapsed or 0:.0f} s  {best}".rstrip())
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False)

@@ -43,9 +43,10 @@ class _Method(nn.Module):
 class StackedReadout(nn.Module):
     """``members`` copies of pooling, batch norm without affine parameters, and a linear head.
 
-    Parameters live in :attr:`params` with a leading member axis: ``pooling.<name>``, ``head.weight`` ``(members, outputs, width)``, ``head.bias``.
-    A :class:`~cenote.pooling.base.QueryPooling` reads the tokens once for all members (their effective queries side by
-    side in one attention); any other pooling is vmapped over its parameters.
+    Parameters live in :attr:`params` with a leading member axis: ``pooling.<name>``, ``head.weight``
+    ``(members, outputs, width)``, ``head.bias``. A :class:`~cenote.pooling.base.QueryPooling` reads the tokens once for
+    all members (their effective queries side by side in one attention); any other pooling is vmapped over its
+    parameters.
 
     Args:
         make: builds one pooling; called once a member under the member's seed.
@@ -81,7 +82,7 @@ class StackedReadout(nn.Module):
         return params, buffers
 
     def pool(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Vectors ``(members, batch, width)`` and, for a shared read, attention ``(members, batch, queries, tokens)``."""
+        """Vectors ``(members, batch, width)`` and, for a shared read, weights ``(members, batch, queries, tokens)``."""
         params, buffers = self._pooling_state()
         if not self.shared_read:
             return self._vmapped(params, buffers, tokens, mask), None
@@ -96,9 +97,10 @@ class StackedReadout(nn.Module):
             return tuple(part for part in query if part is not None)
 
         parts = iter(_over_members(pooling, present, params, (prepared,), (None,)))
-        query = Query(*(_side_by_side(next(parts)) if known else None for known in there))
+        query = Query(*(_side_by_side(next(parts)) if known else None for known in there))  # type: ignore[arg-type]
         read = attend(query.queries, prepared.keys, prepared.values, mask, query.bias, query.extra)
-        apart = Read(*(None if part is None else _apart(part, len(self.members)) for part in read))
+        members = len(self.members)
+        apart = Read(*(None if part is None else _apart(part, members) for part in read))  # type: ignore[arg-type]
         pooled = _over_members(
             pooling, lambda p, *rest: p.finish(Read(*rest[:-1]), rest[-1]), params,
             (*apart, prepared), (*(None if part is None else 0 for part in apart), None),
@@ -118,7 +120,7 @@ class StackedReadout(nn.Module):
         return vmap(call, randomness="different")(*state)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Outputs of every member, ``(members, batch, outputs)``. In training mode batch statistics are used and tracked."""
+        """Outputs of every member, ``(members, batch, outputs)``; training mode uses and tracks batch statistics."""
         pooled, _ = self.pool(tokens, mask)
         return torch.baddbmm(self.params["head.bias"][:, None], self._norm(pooled), self.params["head.weight"].mT)
 
@@ -183,7 +185,9 @@ def _over_members(pooling: Pooling, call: Callable[..., Any], params: Stack, arg
     named = {f"pooling.{name}": p for name, p in params.items()}
     if not named:
         raise TypeError(f"{type(pooling).__name__} has no parameters to stack")
-    return vmap(lambda p, *rest: functional_call(method, p, rest), in_dims=(0, *dims), randomness="different")(named, *args)
+    return vmap(lambda p, *rest: functional_call(method, p, rest), in_dims=(0, *dims), randomness="different")(
+        named, *args
+    )
 
 
 def _side_by_side(stacked: Tensor) -> Tensor:

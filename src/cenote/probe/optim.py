@@ -1,7 +1,7 @@
 """Optimisers for stacks of models: every parameter has a leading member axis, every member its own learning rate.
 
-The updates are those of the usual optimisers, member by member; only the learning rate is a vector. Gradients come in as a
-dict of the same names. State tensors are created on the first step.
+The updates are those of the usual optimisers, member by member; only the learning rate is a vector. Gradients come in
+as a dict of the same names. State tensors are created on the first step.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class StackOptimizer(ABC):
 class AdamW(StackOptimizer):
     """AdamW (Loshchilov and Hutter, 2019), betas 0.9 and 0.999, eps 1e-8.
 
-    torch's fused kernel passes over the memory once, but knows one learning rate a call: members that stand next to each
-    other and share a rate go through it together.
+    torch's fused kernel passes over the memory once, but knows one learning rate a call: members that stand next to
+    each other and share a rate go through it together.
     """
 
     slots = ("exp_avg", "exp_avg_sq")

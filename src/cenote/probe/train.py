@@ -6,8 +6,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,9 @@ from cenote.probe.optim import OPTIMIZERS, warmup_cosine
 from cenote.probe.plan import Candidate
 from cenote.probe.tasks import Objective
 from cenote.types import Features
+
+SCORED = 64
+"""Items scored at a time: members make intermediate results large, and small ones stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Schedule:
 
 
 def select_tokens(features: Features, candidate: Candidate, uniform: bool) -> tuple[Tensor, Tensor | None]:
-    """What a candidate reads from a batch: its tokens (or stack of layers) and a mask, ``None`` when nothing is padded."""
+    """What a candidate reads from a batch: tokens (or a stack of layers) and a mask, ``None`` if nothing is padded."""
     hidden, mask = features.select(candidate.tokens)
     where = [features.layers.index(layer) for layer in candidate.layers]
     if len(where) == hidden.shape[1] and where == list(range(len(where))):
@@ -128,7 +134,7 @@ class Group:
     def validate(self, validation: Feed) -> None:
         """Score every member on the validation part and keep those that improved."""
         start = time.perf_counter()
-        outputs, targets = self.outputs(validation.batches(512))
+        outputs, targets = self.outputs(validation.batches(SCORED))
         losses = self.objective.loss(outputs, targets).double().cpu().numpy()
         scores = self.objective.item_scores(self.objective.predictions(outputs), targets.cpu().numpy()).mean(axis=-1)
         scores = np.where(np.isfinite(losses), scores, -np.inf)
@@ -190,7 +196,8 @@ class Group:
         scalars = {
             "epoch": self.epoch, "finished": self.finished, "seconds": self.seconds,
             "members": [[m.lr, m.query_factor, m.seed] for m in self.stack.members],
-            "best_score": self.best_score.tolist(), "best_loss": self.best_loss.tolist(), "best_epoch": self.best_epoch.tolist(),
+            "best_score": self.best_score.tolist(), "best_loss": self.best_loss.tolist(),
+            "best_epoch": self.best_epoch.tolist(),
         }  # fmt: skip
         packed = {name: t.contiguous() for name, t in tensors.items()}
         write_whole(self._path(folder), save(packed, metadata={"state": json.dumps(scalars)}))
@@ -208,7 +215,10 @@ class Group:
         tensors = load_file(path)
         saved = [tuple(m) for m in scalars["members"]]
         self._keep([i for i, m in enumerate(self.stack.members) if (m.lr, m.query_factor, m.seed) in saved])
-        part = {p: {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)} for p in ("stack.", "best.", "optimizer.")}
+        part = {
+            p: {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)}
+            for p in ("stack.", "best.", "optimizer.")
+        }
         self.stack.load(part["stack."])
         self.best = part["best."]
         self.optimizer.load_state_dict(part["optimizer."])
@@ -235,8 +245,9 @@ def train_groups(
         groups: candidates in training; each may start from a restored epoch.
         views: the training part; augmented views of it take turns by epoch.
         validation: scored after every epoch.
-        folder: where states are saved: after an epoch, at most every ``save_every`` seconds, and at the end. An interruption
-            costs what came after the last save; the numbers of a resumed run are those of an uninterrupted one.
+        folder: where states are saved: after an epoch, at most every ``save_every`` seconds, and at the end. An
+            interruption costs what came after the last save; the numbers of a resumed run are those of an
+            uninterrupted one.
         stop: asked after every step; training ends early when true.
         on_epoch: called after every epoch.
 
@@ -246,25 +257,48 @@ def train_groups(
     steps = math.ceil(len(views[0]) / schedule.batch_size)
     last_save = time.monotonic()
     epoch = min((g.epoch for g in groups if not g.finished), default=schedule.epochs)
-    while epoch < schedule.epochs and any(not g.finished for g in groups):
-        active = [g for g in groups if not g.finished and g.epoch == epoch]
-        feed = views[epoch % len(views)]
-        seed = schedule.order_seed * 100_003 + epoch
-        for number, (features, targets) in enumerate(feed.batches(schedule.batch_size, seed)):
-            if len(targets) < 2:
-                continue  # batch norm has no variance on a single item
-            rate = warmup_cosine(epoch + number / steps, schedule.epochs, schedule.warmup)
+    with side_by_side(len(groups)) as every:
+        while epoch < schedule.epochs and any(not g.finished for g in groups):
+            active = [g for g in groups if not g.finished and g.epoch == epoch]
+            feed = views[epoch % len(views)]
+            seed = schedule.order_seed * 100_003 + epoch
+            for number, (features, targets) in enumerate(feed.batches(schedule.batch_size, seed)):
+                if len(targets) < 2:
+                    continue  # batch norm has no variance on a single item
+                rate = warmup_cosine(epoch + number / steps, schedule.epochs, schedule.warmup)
+                every(partial(Group.step, features=features, targets=targets, rate=rate), active)
+                if stop():
+                    return False
+            every(partial(Group.validate, validation=validation), active)
             for group in active:
-                group.step(features, targets, rate)
-            if stop():
-                return False
-        for group in active:
-            group.validate(validation)
-            group.end_epoch()
-        epoch += 1
-        on_epoch(groups, epoch)
-        if folder is not None and (time.monotonic() - last_save > save_every or all(g.finished for g in groups)):
-            for group in groups:
-                group.save(folder)
-            last_save = time.monotonic()
+                group.end_epoch()
+            epoch += 1
+            on_epoch(groups, epoch)
+            if folder is not None and (time.monotonic() - last_save > save_every or all(g.finished for g in groups)):
+                for group in groups:
+                    group.save(folder)
+                last_save = time.monotonic()
     return True
+
+
+@contextmanager
+def side_by_side(jobs: int) -> Iterator[Callable[[Callable[[Group], object], Sequence[Group]], None]]:
+    """A function that applies another to every group, several at a time, torch's threads divided among them.
+
+    The tensors of a small readout are too small to be cut up between cores, and waiting for each other after every
+    operation costs more than it brings, very much more on a busy machine: a core a group it is, as long as there are
+    enough groups. Groups share nothing that they write to, so the numbers do not depend on who comes first.
+    """
+    threads = torch.get_num_threads()
+    workers = max(1, min(threads, jobs))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+
+    def every(call: Callable[[Group], object], groups: Sequence[Group]) -> None:
+        for _ in pool.map(call, groups):
+            pass
+
+    try:
+        yield every
+    finally:
+        pool.shutdown()
+        torch.set_num_threads(threads)

@@ -276,14 +276,14 @@ class _Counting(EmbeddedBackbone):
         return super().encode(batch, layers, reduce)
 
 
-def _one_pass() -> Finding:
+def _one_pass(epochs: int = 90) -> Finding:
     backbone, data = _Counting(), load_data("digits")
     with tempfile.TemporaryDirectory() as cache:
         probe(
             backbone,
             data,
             ["efficient_probing(num_queries=4)"],
-            epochs=90,
+            epochs=epochs,
             lrs=[1e-2],
             query_factors=[10.0],
             seeds=1,
@@ -291,7 +291,7 @@ def _one_pass() -> Finding:
         )
     items = len(data.train) + len(data.validation) + len(data.test)
     return finding(
-        "Probing for 90 epochs from stored tokens costs one pass over the backbone.",
+        f"Probing for {epochs} epochs from stored tokens costs one pass over the backbone.",
         "1",
         backbone.images / items,
         lambda v: v == 1,
