@@ -9,8 +9,8 @@ without a published form have our own module as their peer ("own module"); those
 LogisticRegression over the same penalties. The column "with halving" counts that the probe drops the weaker half of the
 learning rates twice, which leaves the chosen model alone; the goals are about the ratio without it.
 
-Two outcomes: the learned-query readouts at the shape of a ViT-B (the smallest ratio; the ViT-S is in the table too), and
-the whole grid at the shape of the embedded default, all groups together as the probe trains them.
+Two outcomes: the learned-query readouts at the shape of a ViT-B (the smallest ratio; the ViT-S is in the table too),
+and the whole grid at the shape of the embedded default, all groups together as the probe trains them.
 """
 
 from __future__ import annotations
@@ -214,9 +214,14 @@ def main() -> None:
 
     learned = [row for shape in shapes if shape != "digits" for row in run(shape, 6, options.readout)[0]]
     if learned:
-        judged = [row["ratio"] for row in learned if row["shape"] == shapes[-2 if shapes[-1] == "digits" else -1]]
-        name = f"probe: learned-query readouts, {torch.get_num_threads()} threads, smallest ratio at {learned[-1]['shape']}"
-        tell(name, "published order of operations, one head after the other", 8, learned, min(judged))
+        judged = [row["ratio"] for row in learned if row["shape"] == learned[-1]["shape"]]
+        tell(
+            f"probe: learned-query readouts, smallest ratio at {learned[-1]['shape']}",
+            "published order of operations, one head after the other",
+            8,
+            learned,
+            min(judged),
+        )
     if "digits" in shapes:
         rows, value = run("digits", 12, options.readout)
         tell("probe: whole default grid on the digits", "the same heads one after the other", 3, rows, value)

@@ -38,7 +38,7 @@ def masked_autoencoder(images: Parts, config: TinyViTConfig, settings: PretrainS
     return pretrain(torch.cat([images.train.tokens, images.validation.tokens]), config, settings)
 
 
-def supervised(images: Parts, config: TinyViTConfig, seed: int, epochs: int = 60, lr: float = 1e-3) -> TinyViT:
+def supervised(images: Parts, config: TinyViTConfig, seed: int, epochs: int = 30, lr: float = 1e-3) -> TinyViT:
     """The same encoder trained on the labels of the training part through the mean of its patch tokens.
 
     AdamW, weight decay 0.05, batches of 64, one tenth of warm-up, then a cosine: ordinary settings, not tuned.

@@ -41,8 +41,8 @@ FREE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 MATCH = (
     "The shipped encoder's pretraining was chosen by looking at digits test scores, to match the accuracies that the "
-    "specification reports: it shows that the effect exists, and is no independent evidence. The full run pretrains "
-    "encoders at settings fixed beforehand."
+    "specification reports: it shows that the effect exists, and is no independent evidence. The full run adds "
+    "encoders of other seeds and a longer-trained one."
 )
 
 
@@ -59,7 +59,8 @@ def run(settings: Settings) -> list[Finding]:
     rows = _accuracies(settings, encoders, free, queries)
     found = [_margin(settings, rows), *_rows(rows)]
     if not settings.quick:
-        found += [_longer(settings), _supervised(settings)]
+        found[1:1] = [_fresh(settings, _margins(rows)), _longer(settings)]
+        found.append(_supervised(settings))
     settings.progress("one common learning rate")
     return [*found, *_common_rate(settings, encoders[0]), *distractors, *exact]
 
@@ -110,7 +111,12 @@ def _margins(rows: dict[str, list[list[float]]]) -> list[float]:
 
 def _margin(settings: Settings, rows: dict[str, list[list[float]]]) -> Finding:
     margins = _margins(rows)
-    several = "One value a pretraining seed, each the mean of readouts trained from every seed."
+    each = ", ".join(f"{margin:.1f}" for margin in margins)
+    several = (
+        f"One value a pretraining seed ({each}), each the mean of readouts trained from every seed. Seed 0 gives the "
+        "shipped encoder, and the pretraining settings were chosen with it, by looking at digits test scores, to match "
+        "the specification's regime. The next two rows are the control: other seeds, and other settings."
+    )
     return finding(
         "On masked-autoencoder tokens efficient probing, the weaker of 4 and 16 queries, beats a converged linear "
         "probe of the mean.",
@@ -139,6 +145,22 @@ def _rows(rows: dict[str, list[list[float]]]) -> list[Finding]:
         )
         for name, values in rows.items()
     ]
+
+
+def _fresh(settings: Settings, margins: Sequence[float]) -> Finding:
+    """The margin without the encoder whose test scores were seen when the pretraining settings were chosen."""
+    kept = [margin for seed, margin in zip(settings.seeds, margins, strict=True) if seed != 0]
+    more = [max(settings.seeds) + 1 + number for number in range(len(settings.seeds))]
+    kept += _margins(_accuracies(settings, _pretrained(settings, more), ("mean",), (4, 16)))
+    each = ", ".join(f"{margin:.1f}" for margin in kept)
+    return finding(
+        "The same margin with other pretraining seeds than that of the shipped encoder.",
+        "at least 5 points, on the mean of the seeds",
+        kept,
+        lambda _: fmean(kept) >= 5,
+        unit="points",
+        note=f"One value a pretraining seed ({each}). It follows how well the mean happens to read the encoder.",
+    )
 
 
 def _longer(settings: Settings) -> Finding:

@@ -166,8 +166,8 @@ def _signed_tokens(encoders: Sequence[TinyViT]) -> list[Finding]:
     p1, p3, offset3, offset20 = zip(*differences, strict=True)
     note = (
         "One value an encoder: the shipped one, or in the full run one a pretraining seed, of which seed 0 gives the "
-        f"shipped one. The mean has {', '.join(f'{m:.1f}' for m in means)} %. Arbitrary frozen tokens are where a power "
-        "mean promises no gain."
+        f"shipped one. The mean has {', '.join(f'{m:.1f}' for m in means)} %. Arbitrary frozen tokens are where a "
+        "power mean promises no gain."
     )
     worse: tuple[str, Callable[[float], bool]] = ("at least 3 points below the mean", lambda v: v <= -3)
     no_worse: tuple[str, Callable[[float], bool]] = ("at most 1 point below the mean", lambda v: v >= -1)

@@ -80,8 +80,8 @@ def _weighted_layers() -> nn.Module:
 def _planted_layer(seeds: Sequence[int], name: str, scales: Tensor, quick: bool) -> list[Finding]:
     draw = partial(planted_layer, scales=scales)
 
-    def scores(build: Callable[[], nn.Module]) -> tuple[float, ...]:
-        return tuple(retrieval(train_two_views(build, draw, seed, steps=250), draw, seed, items=256) for seed in seeds)
+    def scores(build: Callable[[], nn.Module], steps: int = 250) -> tuple[float, ...]:
+        return tuple(retrieval(train_two_views(build, draw, seed, steps), draw, seed, items=256) for seed in seeds)
 
     every, last = scores(_all_layers), scores(LastLayer)
     central = name == next(iter(SCALES))
@@ -101,26 +101,28 @@ def _planted_layer(seeds: Sequence[int], name: str, scales: Tensor, quick: bool)
             last,
             lambda v: v <= CHANCE,
             unit=RETRIEVAL,
-            note="Mean over 8 galleries, since in a single one chance itself scatters from 0 to 0.012."
-            if central
-            else "",
+            note="Mean over 8 galleries: in a single one chance alone gives one hit, more or less." if central else "",
         ),
     ]
-    if not quick:
-        found.append(
-            finding(
-                f"A weighted mean of the layers (6 weights) and a linear map do as well, {name}.",
-                "at least 0.95",
-                scores(_weighted_layers),
-                lambda v: v >= 0.95,
-                unit=RETRIEVAL,
-                note=(
-                    "The reader's alternative to the trainable head, with as many steps. Nothing normalises the layers "
-                    "before they are summed: those of large scale drown the others."
-                ),
-            )
+    if quick:
+        return found
+    return found + [
+        finding(
+            f"A weighted mean of the layers (6 weights) and a linear map do as well in {steps} steps, {name}.",
+            "at least 0.95",
+            scores(_weighted_layers, steps),
+            lambda v: v >= 0.95,
+            unit=RETRIEVAL,
+            note=note if central else "",
         )
-    return found
+        for steps, note in ((250, _ALTERNATIVE), (2000, ""))
+    ]
+
+
+_ALTERNATIVE = (
+    "The reader's alternative with the same information, whose layers nothing normalises before they are summed. The "
+    "rows with 2000 steps say whether the head over all layers can do more on this task, or only starts faster."
+)
 
 
 _OUT_OF_REACH = (
@@ -153,7 +155,6 @@ def statistics_findings() -> list[Finding]:
 def _rejections(seeds: Sequence[int], families: int) -> list[Finding]:
     """Families of five designs without any difference, compared in all ten pairs over 14 data sets."""
     many, few, any_raw, any_holm = zip(*(_null(seed, families) for seed in seeds), strict=True)
-    raw = ", ".join(f"{value:.3g}" for value in any_raw)
     return [
         finding(
             "Without a difference, 14 data sets give p < 0.05 in about 5 % of the tests.",
@@ -176,7 +177,14 @@ def _rejections(seeds: Sequence[int], families: int) -> list[Finding]:
             any_holm,
             lambda v: v <= 5,
             unit="% of null families",
-            note=f"Without the correction, as published: {raw} % of {families} families a seed.",
+            note=f"{families} families a seed.",
+        ),
+        finding(
+            "Without a correction, as in the paper, a false finding among ten pairs is much likelier than 5 %.",
+            "at least 20 %",
+            any_raw,
+            lambda v: v >= 20,
+            unit="% of null families",
         ),
     ]
 

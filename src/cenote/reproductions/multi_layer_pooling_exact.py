@@ -154,8 +154,8 @@ def _costs() -> list[Finding]:
             lambda v: v >= 3.2,
             unit="x multiplications",
             note=(
-                f"{published / 1e9:.0f} G a sequence in the published order, {ours / 1e9:.0f} G here in eval mode. Beyond "
-                "what was specified, the MLP's second matrix is applied to the mean over latents."
+                f"{published / 1e9:.0f} G a sequence in the published order, {ours / 1e9:.0f} G here in eval mode. "
+                "Beyond what was specified, the MLP's second matrix is applied to the mean over latents."
             ),
         ),
         finding(
@@ -187,7 +187,7 @@ def _memory() -> list[Finding]:
             float(max(alive for _, alive in seen.values())),
             lambda v: v <= 2,
             unit="hidden states",
-            note=f"The most over the same hosts. Without reduction {_streamed(12, 16, reduce=False)[1]} live in one of 12 layers.",
+            note=f"Without reduction {_streamed(12, 16, reduce=False)[1]} live at once in a host of 12 layers.",
         ),
     ]
 
