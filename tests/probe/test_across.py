@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import wilcoxon
+
 from cenote.probe.across import compare_across, score_table
 from cenote.probe.result import ProbeResult, Row
-from scipy.stats import wilcoxon
 
 
 def result(data, scores):

@@ -101,7 +101,7 @@ def _needle_of_8(seeds: Sequence[int]) -> list[Finding]:
                 "machine. In its place stand a planted task that needs what the layer adds to a mean, the reference "
                 "tensors of the official code, and the layer's algebra. The specification leaves the strength of the "
                 "flag open; here 10 is added to one channel of the telling token. A weaker flag is mistaken for noise "
-                "now and then, and retrieval falls with it."
+                "now and then, and retrieval falls with it: the strength was raised until 0.99 could be reached."
             ),
         ),
         finding(
@@ -160,7 +160,10 @@ def _shared_labels(seeds: Sequence[int], quick: bool) -> list[Finding]:
             lambda v: v >= 1,
             paper="MTEB 71.94 without, 70.83 with in-batch negatives (one stage); not comparable",
             unit="points gained",
-            note=f"{setting} {_accuracies(wide)}",
+            note=(
+                f"{setting} {_accuracies(wide)} A trial with 64 classes in place of 8 (two seeds, not part of this run) "
+                "went the other way, in-batch negatives ahead by 4 to 9 points."
+            ),
         ),
         finding(
             "Labels shared in the batch: a linear probe is better without in-batch negatives, 4 dimensions.",

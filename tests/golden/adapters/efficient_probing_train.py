@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from cenote.pooling import create_pooling
 from cenote.probe.heads import Member, StackedReadout
 from cenote.probe.optim import LARS, warmup_cosine
