@@ -161,8 +161,8 @@ def _shared_labels(seeds: Sequence[int], quick: bool) -> list[Finding]:
             paper="MTEB 71.94 without, 70.83 with in-batch negatives (one stage); not comparable",
             unit="points gained",
             note=(
-                f"{setting} {_accuracies(wide)} A trial with 64 classes in place of 8 (two seeds, not part of this run) "
-                "went the other way, in-batch negatives ahead by 4 to 9 points."
+                f"{setting} {_accuracies(wide)} A trial with 64 classes in place of 8 (two seeds, not part of this "
+                "run) went the other way, in-batch negatives ahead by 4 to 9 points."
             ),
         ),
         finding(
