@@ -19,7 +19,9 @@ import argparse
 import copy
 import json
 import math
+import os
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -234,4 +236,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that spin while they wait make either side many times slower on few cores; torch reads this as it loads.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "passive"})
     main()

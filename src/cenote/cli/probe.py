@@ -92,6 +92,9 @@ def command(
     import os
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from cenote.allocator import keep_freed_memory
+
+    keep_freed_memory()  # a training step allocates and frees large tensors thousands of times
     import torch
 
     from cenote.probe.across import compare_across

@@ -268,6 +268,8 @@ def train_groups(
                 rate = warmup_cosine(epoch + number / steps, schedule.epochs, schedule.warmup)
                 every(partial(Group.step, features=features, targets=targets, rate=rate), active)
                 if stop():
+                    unscored = [g for g in active if not np.isfinite(g.best_score).any()]
+                    every(partial(Group.validate, validation=validation), unscored)
                     return False
             every(partial(Group.validate, validation=validation), active)
             for group in active:
