@@ -237,6 +237,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that spin while they wait make either side many times slower on few cores; torch reads this as it loads.
+        # Waiting threads that spin make either side many times slower on few cores; read when torch loads.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "passive"})
     main()

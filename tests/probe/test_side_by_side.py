@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+
 from cenote.probe.heads import Member
+from cenote.probe.parallel import side_by_side
 from cenote.probe.plan import Candidate
 from cenote.probe.tasks import Objective
-from cenote.probe.train import Group, Schedule, side_by_side
+from cenote.probe.train import Group, Schedule
 from cenote.types import Features
 
 
@@ -30,7 +32,7 @@ def trained(workers, set_threads):
         for _ in range(3):
             hidden, targets = torch.randn(8, 1, 5, 16, generator=generator), torch.randint(3, (8,), generator=generator)
             features = Features(hidden, torch.ones(8, 5, dtype=torch.bool), (1,), None, 0)
-            every(lambda group, batch=(features, targets): group.step(*batch, 1.0), groups)
+            list(every(lambda group, batch=(features, targets): group.step(*batch, 1.0), groups))
     assert torch.get_num_threads() == workers
     return [group.stack.state() for group in groups]
 
@@ -43,5 +45,5 @@ def test_workers_do_not_change_the_numbers(threads):
 def test_an_error_in_one_group_comes_out(threads):
     threads(2)
     with pytest.raises(ZeroDivisionError), side_by_side(3) as every:
-        every(lambda number: 1 / number, [1, 0, 2])
+        list(every(lambda number: 1 / number, [1, 0, 2]))
     assert torch.get_num_threads() == 2

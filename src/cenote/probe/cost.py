@@ -33,13 +33,17 @@ def latency_ms(pooling: Pooling, head: nn.Module, tokens: Tensor, mask: Tensor |
 
 
 def median_ms(call: Callable[[], Tensor], repeats: int = 5) -> float:
-    """Median wall time of a call after one warm-up, in milliseconds."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        if call().is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    """Median wall time of a call after one warm-up, in milliseconds; on the CPU with one thread."""
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            if call().is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return statistics.median(times[1:]) * 1e3
 
 

@@ -21,6 +21,7 @@ from cenote.probe.extract import extract
 from cenote.probe.feed import Feed
 from cenote.probe.fits import fit_free
 from cenote.probe.outcome import Outcome
+from cenote.probe.parallel import side_by_side
 from cenote.probe.plan import EXTRAS, Candidate, Host, plan, reads_stack, split_specs
 from cenote.probe.result import ProbeResult
 from cenote.probe.rows import assemble
@@ -205,7 +206,9 @@ def probe(
     except KeyboardInterrupt:
         notes.append("interrupted; unfinished readouts are marked partial, --resume goes on from here")
         display.say("interrupted: writing what there is")
-    outcomes += [_test(group, test, objective, complete) for group in groups if np.isfinite(group.best_score).any()]
+    trained = [group for group in groups if np.isfinite(group.best_score).any()]
+    with side_by_side(len(trained)) as every:
+        outcomes += every(lambda group: _test(group, test, objective, complete), trained)
     if not outcomes:
         raise KeyboardInterrupt
     result = assemble(outcomes, data, test, objective, host, settings, notes, backbone)
@@ -280,15 +283,13 @@ def _fit_free(
     if not free and not extras:
         return []
     display.stage("fit linear models", len(free) + len(extras))
-    found = []
     jobs: list[Candidate | str] = [*free, *extras]
-    for job in jobs:
-        outcome = fit_free(job, *feeds, objective, host)
-        if outcome is not None:
-            found.append(outcome)
-        display.advance(1)
-        if stop():
-            break
+    found = []
+    with side_by_side(len(jobs)) as every:
+        for outcome in every(lambda job: None if stop() else fit_free(job, *feeds, objective, host), jobs):
+            display.advance(1)
+            if outcome is not None:
+                found.append(outcome)
     return found
 
 

@@ -6,9 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from cenote.files import write_whole
 from cenote.probe.feed import Feed
 from cenote.probe.heads import StackedReadout
 from cenote.probe.optim import OPTIMIZERS, warmup_cosine
+from cenote.probe.parallel import side_by_side
 from cenote.probe.plan import Candidate
 from cenote.probe.tasks import Objective
 from cenote.types import Features
@@ -258,6 +257,11 @@ def train_groups(
     last_save = time.monotonic()
     epoch = min((g.epoch for g in groups if not g.finished), default=schedule.epochs)
     with side_by_side(len(groups)) as every:
+
+        def run(call: Callable[[Group], object], these: Sequence[Group]) -> None:
+            for _ in every(call, these):
+                pass
+
         while epoch < schedule.epochs and any(not g.finished for g in groups):
             active = [g for g in groups if not g.finished and g.epoch == epoch]
             feed = views[epoch % len(views)]
@@ -266,12 +270,12 @@ def train_groups(
                 if len(targets) < 2:
                     continue  # batch norm has no variance on a single item
                 rate = warmup_cosine(epoch + number / steps, schedule.epochs, schedule.warmup)
-                every(partial(Group.step, features=features, targets=targets, rate=rate), active)
+                run(partial(Group.step, features=features, targets=targets, rate=rate), active)
                 if stop():
                     unscored = [g for g in active if not np.isfinite(g.best_score).any()]
-                    every(partial(Group.validate, validation=validation), unscored)
+                    run(partial(Group.validate, validation=validation), unscored)
                     return False
-            every(partial(Group.validate, validation=validation), active)
+            run(partial(Group.validate, validation=validation), active)
             for group in active:
                 group.end_epoch()
             epoch += 1
@@ -281,26 +285,3 @@ def train_groups(
                     group.save(folder)
                 last_save = time.monotonic()
     return True
-
-
-@contextmanager
-def side_by_side(jobs: int) -> Iterator[Callable[[Callable[[Group], object], Sequence[Group]], None]]:
-    """A function that applies another to every group, several at a time, torch's threads divided among them.
-
-    The tensors of a small readout are too small to be cut up between cores, and waiting for each other after every
-    operation costs more than it brings, very much more on a busy machine: a core a group it is, as long as there are
-    enough groups. Groups share nothing that they write to, so the numbers do not depend on who comes first.
-    """
-    threads = torch.get_num_threads()
-    workers = max(1, min(threads, jobs))
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
-
-    def every(call: Callable[[Group], object], groups: Sequence[Group]) -> None:
-        for _ in pool.map(call, groups):
-            pass
-
-    try:
-        yield every
-    finally:
-        pool.shutdown()
-        torch.set_num_threads(threads)
