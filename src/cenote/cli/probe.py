@@ -39,7 +39,7 @@ def command(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Initialisations a configuration.")] = 3,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the training part (default: about 600 steps).")
+        int | None, typer.Option(min=1, help="Passes over the training part (default: about 500 steps).")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Items a step.")] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, sgd or lars.")] = "adamw",

@@ -77,7 +77,7 @@ def probe(
         lrs, query_factors: learning rates and factors on the learned queries' rate, in place of each readout's own
             grid.
         seeds: initialisations a configuration; the batch order is shared.
-        epochs: passes over the training part; by default enough for about 600 steps, between 8 and 60.
+        epochs: passes over the training part; by default enough for about 500 steps, between 8 and 60.
         batch_size: items a step; by default 32 to 256 by the size of the training part.
         optimizer: ``adamw``, ``sgd`` or ``lars``.
         patience: stop a readout after so many epochs without a better validation score.
@@ -113,7 +113,7 @@ def probe(
     stored = _stored_layers(readouts, wanted, backbone.num_layers)
     size = len(data.train)
     batch_size = batch_size or int(np.clip(2 ** round(math.log2(max(size / 24, 1))), 32, 256))
-    epochs = epochs or int(np.clip(math.ceil(600 / math.ceil(size / batch_size)), 8, 60))
+    epochs = epochs or int(np.clip(math.ceil(500 / math.ceil(size / batch_size)), 8, 60))
     schedule = Schedule(
         epochs,
         min(max(1.0, 0.1 * epochs), epochs / 2),

@@ -49,7 +49,7 @@ class Schedule:
     warmup: float
     batch_size: int = 64
     patience: int | None = None
-    prune_at: tuple[float, ...] = (0.3, 0.6)
+    prune_at: tuple[float, ...] = (0.25, 0.5)
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     order_seed: int = 0
