@@ -92,6 +92,8 @@ def command(
     import os
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that spin while they wait for each other cost more than they bring where another process wants the core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from cenote.allocator import keep_freed_memory
 
     keep_freed_memory()  # a training step allocates and frees large tensors thousands of times
