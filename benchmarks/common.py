@@ -13,12 +13,21 @@ from typing import Any
 import torch
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int = 15, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn so that a drifting machine hits all alike."""
+def interleaved(
+    calls: dict[str, Callable[[], Any]],
+    repeats: int = 15,
+    warmup: int = 3,
+    before: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turn so that a drifting machine hits all alike.
+
+    ``before`` runs in front of every call and is not timed: reading the input there leaves the caches alike for all.
+    """
     cuda = torch.cuda.is_available()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(warmup + repeats):
         for name, call in calls.items():
+            before()
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from common import finish, interleaved, ratio
 
+from cenote.allocator import keep_freed_memory
 from cenote.pooling.latent_attention import LatentAttention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -45,6 +46,7 @@ def row(sizes: dict[str, int], threads: int, device: str, repeats: int) -> dict[
 
 
 def main() -> None:
+    keep_freed_memory()  # as cenote probe does; the peers run in the same process
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [row(SMALL, threads, device, 15) for threads in ((1, 2) if device == "cpu" else (0,))]
