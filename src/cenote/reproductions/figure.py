@@ -16,12 +16,12 @@ def draw_findings(findings: list[Finding], path: Path) -> None:
     Findings of a single value are left to the table, unless there are no others.
 
     Raises:
-        ImportError: matplotlib (the extra ``plots``) is not installed.
+        ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("drawing needs matplotlib: pip install 'cenote[plots]'") from None
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from None
     findings = [finding for finding in findings if len(finding.values) > 1] or findings
     figure = Figure(figsize=(8, 0.6 + 1.15 * len(findings)), layout="constrained")
     axes = figure.subplots(len(findings), 1, squeeze=False)[:, 0]

@@ -16,12 +16,12 @@ def draw_rows(findings: list[Finding], path: Path) -> None:
     the rest are left to the table.
 
     Raises:
-        ImportError: matplotlib (the extra ``plots``) is not installed.
+        ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("drawing needs matplotlib: pip install 'cenote[plots]'") from None
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from None
     several = {f.unit for f in findings if len(f.values) > 1}
     panels = {
         unit: [f for f in findings if f.unit == unit]

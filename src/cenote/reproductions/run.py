@@ -172,7 +172,7 @@ def reproduce(
         if written:
             print(f"written: {', '.join(str(path) for path in written)}")
             if not any(path.suffix == ".png" for path in written):
-                print("no figure: it needs matplotlib, pip install 'cenote[plots]'")
+                print("no figure: it needs matplotlib, pip install matplotlib")
     return result
 
 
