@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -19,8 +20,22 @@ Hidden = Float[Tensor, "batch layers tokens dim"]
 Mask = Bool[Tensor, "batch tokens"]
 
 TokenChoice = Literal["class", "patches", "both"]
-Modality = Literal["image", "text"]
+Modality = Literal["image", "text", "audio", "graph"]
 Task = Literal["classification", "multilabel", "regression"]
+JudgedTask = Literal["verification", "similarity", "retrieval", "clustering"]
+"""Tasks that judge vectors by each other instead of by a head's output."""
+
+
+class Audio(NamedTuple):
+    """A clip as it was recorded.
+
+    Attributes:
+        samples: one channel, between -1 and 1, ``(samples,)`` float32.
+        rate: samples a second.
+    """
+
+    samples: Float[np.ndarray, "samples"]
+    rate: int
 
 
 class Grid(NamedTuple):

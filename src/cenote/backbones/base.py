@@ -19,13 +19,13 @@ LayerReducer = Callable[[Tensor, Tensor], Tensor]
 class Backbone(ABC):
     """A frozen network that turns raw items into :class:`~cenote.types.Features`.
 
-    Always in eval mode, never keeps a graph. Items are PIL images for ``modality == "image"`` and strings for
-    ``"text"``.
+    Always in eval mode, never keeps a graph. Items are PIL images for ``modality == "image"``, strings for
+    ``"text"``, :class:`~cenote.types.Audio` for ``"audio"`` and ``torch_geometric.data.Data`` for ``"graph"``.
 
     Attributes:
         spec: what :func:`cenote.backbones.load_backbone` was given, normalised (``"hf:bert-base-uncased"``).
         module: the network itself.
-        modality: ``"image"`` or ``"text"``.
+        modality: ``"image"``, ``"text"``, ``"audio"`` or ``"graph"``.
         dim: width of the hidden states.
         num_layers: number of blocks; hidden states are numbered 0 (embeddings) to ``num_layers``.
         prefix: non-patch tokens in front of every row (0 for decoders).
@@ -62,9 +62,9 @@ class Backbone(ABC):
         """An image as the network sees it, after resizing and cropping; for pictures of what a readout looks at."""
         raise TypeError(f"{self.spec} takes {self.modality}s, not images")
 
-    def token_strings(self, item: str) -> list[str]:
-        """The tokens of a text, as :meth:`collate` makes them."""
-        raise TypeError(f"{self.spec} takes {self.modality}s, not texts")
+    def token_strings(self, item: Any) -> list[str]:
+        """What each token of an item stands for: pieces of a text, times of a clip, nodes of a graph."""
+        raise TypeError(f"{self.spec} takes {self.modality}s, whose tokens have no names")
 
     @torch.inference_mode()
     def __call__(

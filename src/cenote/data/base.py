@@ -13,7 +13,7 @@ from cenote.types import Modality, Task
 
 @runtime_checkable
 class Items(Protocol):
-    """Raw items, decoded when asked for: PIL images or strings."""
+    """Raw items, decoded when asked for: PIL images, strings, clips or graphs."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Any: ...
@@ -55,7 +55,7 @@ class Data:
 
     Attributes:
         name: what it was loaded from.
-        modality: ``"image"`` or ``"text"``.
+        modality: ``"image"``, ``"text"``, ``"audio"`` or ``"graph"``.
         task: what the targets are.
         classes: class names in label order; empty for regression.
         train, validation, test: the parts.

@@ -38,7 +38,7 @@ class Source:
 
     Attributes:
         name: what was loaded.
-        modality: ``"image"`` or ``"text"``.
+        modality: ``"image"``, ``"text"``, ``"audio"`` or ``"graph"``.
         items: one a row, decoded on access.
         labels: one a row, as found: integers, strings, floats or lists; ``None`` where there is none.
         ids: a name a row, for messages.

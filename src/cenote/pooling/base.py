@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cenote.ops.masked import require_real_tokens, zero_padding
 from cenote.ops.query_attention import Read, attend
+from cenote.types import Modality
 
 
 class Pooling(nn.Module):
@@ -26,6 +27,9 @@ class Pooling(nn.Module):
         permutation_invariant: whether the order of the tokens is irrelevant.
         attends: whether there are attention weights to return.
         needs_grid: whether the tokens must fill a grid of patches, so that sequences cannot be read.
+        reads_embeddings: whether the layer axis starts with hidden state 0, what enters the first block, where the
+            caller does not name the layers.
+        modalities: what it was made for; the probe compares it on others only when it is named. ``None`` for all.
         query_parameters: names of parameters that act as learned queries. They need a larger learning rate than the
             rest under Adam-type optimisers, or attention stays uniform.
         no_weight_decay_parameters: names of parameters that decay would spoil.
@@ -37,6 +41,8 @@ class Pooling(nn.Module):
     permutation_invariant: ClassVar[bool] = True
     attends: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
+    reads_embeddings: ClassVar[bool] = False
+    modalities: ClassVar[tuple[Modality, ...] | None] = None
     query_parameters: ClassVar[tuple[str, ...]] = ()
     no_weight_decay_parameters: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str | None] = None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cenote.backbones.base import Backbone, LayerReducer
 from cenote.data.base import Split
+from cenote.data.judged import JudgedData
 from cenote.probe.cache import stores_dir
 from cenote.probe.checked import CheckedShards
 from cenote.probe.files import exclusive, join, remove_leftovers
@@ -34,7 +35,7 @@ Progress = Callable[[int, int], Any]
 
 def extract(
     backbone: Backbone,
-    split: Split,
+    split: Split | JudgedData,
     *,
     layers: str | int | Sequence[int] = "last",
     cache_dir: str | os.PathLike[str] | None = None,
@@ -59,7 +60,7 @@ def extract(
 
     Args:
         backbone: the frozen network.
-        split: the items.
+        split: the items: one part of labelled data, or judged data as a whole.
         layers: hidden states to keep: ``"last"``, ``"all"``, ``"12,18"`` or numbers.
         cache_dir: path or fsspec URL; default ``$CENOTE_CACHE`` or ``~/.cache/cenote``.
         dtype: stored type: float32, float16 or bfloat16.

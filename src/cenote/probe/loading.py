@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from cenote.data.base import Split
+from cenote.data.judged import JudgedData
 from cenote.probe.identity import identify
 
 Augment = Callable[[Any, int], Any]
@@ -58,7 +59,7 @@ def item_seed(view: int, index: int) -> int:
 
 
 def load_items(
-    split: Split,
+    split: Split | JudgedData,
     first: int,
     stop: int,
     *,

@@ -42,6 +42,8 @@ HEADS = {"simpool": 1, "esimpool": 12, "aim": 16, "jepa": 16, "cait": 4, "clip":
 CLASS_ONLY = ("cls",)
 EXTRAS = ("knn", "encoder_pooler")
 """Rows of the table that are no poolings."""
+GROUPS = ("all", "last", "free")
+"""Words that stand for several readouts."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Host:
         layers: hidden states in the store, in order.
         grid: patch grid, or ``None``.
         prefix: prefix tokens in the store.
-        modality: ``"image"`` or ``"text"``.
+        modality: ``"image"``, ``"text"``, ``"audio"`` or ``"graph"``.
         uniform: whether all items have the same number of tokens.
     """
 
@@ -140,8 +142,8 @@ def plan(
     Raises:
         ValueError: unknown readout (nearest names suggested), or one that this backbone cannot feed, by name.
     """
-    named = not (isinstance(readouts, str) and readouts in ("all", "last", "free"))
-    specs = split_specs(readouts) if named else _group(str(readouts), host)
+    named = not (isinstance(readouts, str) and readouts in GROUPS)
+    specs = split_specs(readouts) if named else group(str(readouts), host.modality, len(host.layers) > 1)
     extras, specs = [s for s in specs if s in EXTRAS], [s for s in specs if s not in EXTRAS]
     candidates: list[Candidate] = []
     for spec in specs:
@@ -183,11 +185,17 @@ def reads_stack(spec: str) -> bool:
     return ">" in spec or pooling_class(_base_name(spec)).layers == "all"
 
 
-def _group(name: str, host: Host) -> list[str]:
-    names = list_poolings()
+def reads_embeddings(spec: str) -> bool:
+    """Whether a readout of several layers wants hidden state 0 among them."""
+    return ">" not in spec and pooling_class(_base_name(spec)).reads_embeddings
+
+
+def group(name: str, modality: str, stack: bool = True) -> list[str]:
+    """The readouts behind ``"all"``, ``"last"`` or ``"free"`` that were made for a modality."""
+    names = [n for n in list_poolings() if modality in (pooling_class(n).modalities or (modality,))]
     if name == "last":
         return [n for n in names if not reads_stack(n)]
-    return [*names, *(COMPOSED if len(host.layers) > 1 else ())]
+    return [*names, *(COMPOSED if stack else ())]
 
 
 def unfit(spec: str, host: Host) -> str | None:
@@ -217,7 +225,9 @@ def _expand(
     stack = reads_stack(spec)
     cls = pooling_class(name)
     choices: list[TokenChoice] = _token_choices(name, host, tokens, cls.needs_grid)
-    layer_sets = [host.layers] if stack else [(layer,) for layer in layers]
+    # Hidden state 0 is stored for the readouts that want it; the others see it only if it was asked for.
+    all_layers = host.layers if reads_embeddings(spec) or 0 in layers else tuple(n for n in host.layers if n > 0)
+    layer_sets = [all_layers] if stack else [(layer,) for layer in layers]
     found = []
     for chosen in layer_sets:
         width = host.dim * len(chosen) if "concat_layers" in spec else host.dim

@@ -37,6 +37,7 @@ class Row:
         tie_group: readouts with the same number do not differ significantly from the best of the group (1 = the top
             group).
         status: ``"done"``, or ``"partial"`` when the run was stopped before this readout's schedule ended.
+        extra: further figures of the same readout by name (``pearson``, ``recall@10``, ``auoscr``, ...).
     """
 
     readout: str
@@ -59,6 +60,7 @@ class Row:
     seeds: int
     tie_group: int
     status: str = "done"
+    extra: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,5 +114,6 @@ class ProbeResult:
         return f"{row.readout} | {row.layers} | {row.tokens}"
 
     def frame(self) -> pd.DataFrame:
-        """The ranked table."""
-        return pd.DataFrame([asdict(row) for row in self.rows])
+        """The ranked table, :attr:`Row.extra` spread over columns of its own."""
+        rows = [asdict(row) for row in self.rows]
+        return pd.DataFrame([row | row.pop("extra") for row in rows])

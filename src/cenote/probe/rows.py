@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def assemble(
             )
         )
     shown = [data.test.items[i] for i in range(min(GALLERY_ITEMS, len(data.test)))]
-    show = backbone.input_image if data.modality == "image" else backbone.token_strings
+    show: Callable[[Any], Any] = backbone.input_image if data.modality == "image" else backbone.token_strings
     return ProbeResult(
         rows=tuple(rows), settings=settings, classes=data.classes, predictions={o.key: o.predictions for o in order},
         targets=targets, gallery_items=tuple(show(item) for item in shown),

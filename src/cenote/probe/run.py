@@ -22,7 +22,17 @@ from cenote.probe.feed import Feed
 from cenote.probe.fits import fit_free
 from cenote.probe.outcome import Outcome
 from cenote.probe.parallel import side_by_side
-from cenote.probe.plan import EXTRAS, Candidate, Host, plan, reads_stack, split_specs
+from cenote.probe.plan import (
+    EXTRAS,
+    GROUPS,
+    Candidate,
+    Host,
+    group,
+    plan,
+    reads_embeddings,
+    reads_stack,
+    split_specs,
+)
 from cenote.probe.result import ProbeResult
 from cenote.probe.rows import assemble
 from cenote.probe.tasks import Objective, to_device_targets
@@ -110,7 +120,7 @@ def probe(
         raise ValueError(f"backbone {backbone.spec} takes {backbone.modality}s, but {data.name} holds {data.modality}s")
 
     wanted = resolve_layers(layers, backbone.num_layers)
-    stored = _stored_layers(readouts, wanted, backbone.num_layers)
+    stored = stored_layers(readouts, wanted, backbone)
     size = len(data.train)
     batch_size = batch_size or int(np.clip(2 ** round(math.log2(max(size / 24, 1))), 32, 256))
     epochs = epochs or int(np.clip(math.ceil(500 / math.ceil(size / batch_size)), 8, 60))
@@ -229,14 +239,15 @@ def _plain(options: dict[str, Any] | None) -> dict[str, Any]:
     return {k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in chosen.items()}
 
 
-def _stored_layers(readouts: str | Sequence[str], wanted: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+def stored_layers(readouts: str | Sequence[str], wanted: tuple[int, ...], backbone: Backbone) -> tuple[int, ...]:
     """The hidden states to extract: those asked for, and every block where a readout of several layers has only one."""
-    if isinstance(readouts, str) and readouts in ("last", "free"):
+    named = not (isinstance(readouts, str) and readouts in GROUPS)
+    specs = [s for s in split_specs(readouts) if s not in EXTRAS] if named else group(str(readouts), backbone.modality)
+    stack = [spec for spec in specs if reads_stack(spec)] if readouts != "free" else []
+    if not stack or len(set(wanted)) > 1:
         return tuple(sorted(set(wanted)))
-    stack = readouts == "all" or any(reads_stack(s) for s in split_specs(readouts) if s not in EXTRAS)
-    if stack and len(set(wanted)) == 1:
-        return tuple(sorted({*wanted, *range(1, num_layers + 1)}))
-    return tuple(sorted(set(wanted)))
+    first = 0 if any(map(reads_embeddings, stack)) else 1
+    return tuple(sorted({*wanted, *range(first, backbone.num_layers + 1)}))
 
 
 def _train(
@@ -278,7 +289,7 @@ def _fit_free(
     stop: Callable[[], bool],
 ) -> list[Outcome]:
     """Linear models for readouts without parameters, and the rows that are no poolings."""
-    everything = names in (["all"], ["last"], ["free"])
+    everything = len(names) == 1 and names[0] in GROUPS
     extras = [n for n in EXTRAS if everything or n in names]
     if not free and not extras:
         return []
