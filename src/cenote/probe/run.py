@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from cenote.backbones import load_backbone
 from cenote.backbones.base import Backbone
@@ -121,16 +120,8 @@ def probe(
 
     wanted = resolve_layers(layers, backbone.num_layers)
     stored = stored_layers(readouts, wanted, backbone)
-    size = len(data.train)
-    batch_size = batch_size or int(np.clip(2 ** round(math.log2(max(size / 24, 1))), 32, 256))
-    epochs = epochs or int(np.clip(math.ceil(500 / math.ceil(size / batch_size)), 8, 60))
-    schedule = Schedule(
-        epochs,
-        min(max(1.0, 0.1 * epochs), epochs / 2),
-        batch_size,
-        patience,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
+    schedule = Schedule.sized(
+        len(data.train), epochs, batch_size, patience=patience, optimizer=optimizer, weight_decay=weight_decay
     )
     parts = {"train": data.train, "validation": data.validation, "test": data.test}
     settings: dict[str, Any] = {
@@ -148,8 +139,8 @@ def probe(
         "lrs": _listed(lrs),
         "query_factors": _listed(query_factors),
         "seeds": seeds,
-        "epochs": epochs,
-        "batch_size": batch_size,
+        "epochs": schedule.epochs,
+        "batch_size": schedule.batch_size,
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "patience": patience,
@@ -218,7 +209,7 @@ def probe(
         display.say("interrupted: writing what there is")
     trained = [group for group in groups if np.isfinite(group.best_score).any()]
     with side_by_side(len(trained)) as every:
-        outcomes += every(lambda group: _test(group, test, objective, complete), trained)
+        outcomes += every(lambda group: group.outcome(test, complete), trained)
     if not outcomes:
         raise KeyboardInterrupt
     result = assemble(outcomes, data, test, objective, host, settings, notes, backbone)
@@ -302,25 +293,3 @@ def _fit_free(
             if outcome is not None:
                 found.append(outcome)
     return found
-
-
-def _test(group: Group, test: Feed, objective: Objective, complete: bool) -> Outcome:
-    """Score the winning members on the test part: the only time it is looked at."""
-    winners = group.winners()
-    best = max(winners, key=lambda i: (group.best_score[i], -group.best_loss[i]))
-    pooling, norm, linear = group.stack.member(group.best, best)
-    lr, factor = group.stack.members[best].lr, group.stack.members[best].query_factor
-    validation, epochs = float(group.best_score[winners].mean()), float(group.best_epoch[winners].mean()) + 1
-    group.stack.load(group.best)
-    group._keep(winners)
-    start = time.perf_counter()
-    outputs, _ = group.outputs(test.batches(512))
-    seconds = group.seconds + time.perf_counter() - start
-    params = sum(p.numel() for m in (pooling, linear) for p in m.parameters())
-    return Outcome(
-        readout=group.candidate.readout, layers=group.candidate.layers, tokens=group.candidate.tokens,
-        candidate=group.candidate, pooling=pooling, head=nn.Sequential(norm, linear).eval(),
-        predictions=objective.predictions(outputs), validation=validation, params=params, seconds=seconds, lr=lr,
-        query_factor=factor if group.stack.template.query_parameters else None, epochs=epochs,
-        status="done" if complete or group.finished else "partial",
-    )  # fmt: skip

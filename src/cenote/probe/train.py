@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from cenote.files import write_whole
 from cenote.probe.feed import Feed
 from cenote.probe.heads import StackedReadout
 from cenote.probe.optim import OPTIMIZERS, warmup_cosine
+from cenote.probe.outcome import Outcome
 from cenote.probe.parallel import side_by_side
 from cenote.probe.plan import Candidate
 from cenote.probe.tasks import Objective
@@ -53,6 +55,14 @@ class Schedule:
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     order_seed: int = 0
+
+    @classmethod
+    def sized(cls, items: int, epochs: int | None = None, batch_size: int | None = None, **rest: Any) -> Schedule:
+        """For a training part of ``items``: 32 to 256 a step and enough epochs for about 500 steps, between 8 and 60,
+        where they are not given."""
+        batch_size = batch_size or int(np.clip(2 ** round(math.log2(max(items / 24, 1))), 32, 256))
+        epochs = epochs or int(np.clip(math.ceil(500 / math.ceil(items / batch_size)), 8, 60))
+        return cls(epochs, min(max(1.0, 0.1 * epochs), epochs / 2), batch_size, **rest)
 
 
 def select_tokens(features: Features, candidate: Candidate, uniform: bool) -> tuple[Tensor, Tensor | None]:
@@ -186,6 +196,27 @@ class Group:
         """Members (one a seed) of the best learning rate."""
         best = self.ranking()[0]
         return [i for i, m in enumerate(self.stack.members) if (m.lr, m.query_factor) == best]
+
+    def outcome(self, test: Feed, complete: bool) -> Outcome:
+        """The winning members scored on the test part, the only time it is looked at; the others are dropped."""
+        winners = self.winners()
+        best = max(winners, key=lambda i: (self.best_score[i], -self.best_loss[i]))
+        pooling, norm, linear = self.stack.member(self.best, best)
+        lr, factor = self.stack.members[best].lr, self.stack.members[best].query_factor
+        validation, epochs = float(self.best_score[winners].mean()), float(self.best_epoch[winners].mean()) + 1
+        self.stack.load(self.best)
+        self._keep(winners)
+        start = time.perf_counter()
+        outputs, _ = self.outputs(test.batches(512))
+        seconds = self.seconds + time.perf_counter() - start
+        params = sum(p.numel() for m in (pooling, linear) for p in m.parameters())
+        return Outcome(
+            readout=self.candidate.readout, layers=self.candidate.layers, tokens=self.candidate.tokens,
+            candidate=self.candidate, pooling=pooling, head=nn.Sequential(norm, linear).eval(),
+            predictions=self.objective.predictions(outputs), validation=validation, params=params, seconds=seconds,
+            lr=lr, query_factor=factor if self.stack.template.query_parameters else None, epochs=epochs,
+            status="done" if complete or self.finished else "partial",
+        )  # fmt: skip
 
     def save(self, folder: Path) -> None:
         """Write everything :meth:`restore` needs; each file appears whole or not at all."""
