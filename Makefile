@@ -1,6 +1,7 @@
 # make demo    install and run the main job on the embedded model and data (no network after the install)
 # make test    the whole test suite
 # make check   formatting, lint, types
+# make docs    the documentation site, into site/ (strict: a broken link is an error)
 # make bench   every benchmark, and the tables in benchmarks/results
 # make evidence SLUG=ggem    run a reproduction in full and write its page
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check format bench evidence clean
+.PHONY: demo test check format bench docs evidence clean
 
 demo: $(VENV)/.core
 	$(BIN)/cenote probe
@@ -31,11 +32,14 @@ format: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run_all.py
 
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 evidence: $(VENV)/.test
 	$(BIN)/python tools/write_evidence.py $(or $(SLUG),--all)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
 
 # Stamps: nothing is installed again while pyproject.toml stays the same. What the tests need includes the core.
 $(VENV)/.core: pyproject.toml | $(BIN)/python

@@ -37,8 +37,8 @@ REFERENCE = {
     "inspection": ("inspection.open_set",),
     "integrations": ("integrations.sentence_transformers", "integrations.nv_embed", "integrations.pyg",
                      "integrations.sklearn", "integrations.timm", "integrations.hub", "integrations.ray"),
-    "operations": ("ops.masked", "ops.statistics", "ops.query_attention", "ops.power", "ops.pyramid", "ops.verification",
-                   "ops.retrieval", "ops.open_set"),
+    "operations": ("ops.masked", "ops.statistics", "ops.query_attention", "ops.power", "ops.pyramid",
+                   "ops.verification", "ops.retrieval", "ops.open_set"),
     "reproductions": ("reproductions.base", "reproductions.run"),
 }  # fmt: skip
 """Modules of the reference, page by page."""
