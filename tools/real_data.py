@@ -12,11 +12,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-
-import pandas as pd
 
 from cenote.allocator import keep_freed_memory
 from cenote.files import write_all
@@ -99,8 +98,8 @@ def backbone_of(name: str, chosen: DataSet, folder: Path) -> str:
     return f"embedded:{weights}"
 
 
-def verdict(result: ProbeResult) -> list[str]:
-    """Efficient probing and the best readout against the converged linear probe on the mean token."""
+def verdict(result: ProbeResult, featured: Sequence[str] = ("efficient_probing",)) -> list[str]:
+    """The featured readouts and the best one against the converged linear probe on the mean token."""
     rows = {row.readout: row for row in result.rows}
     task = "classification"
     objective = Objective(task, len(result.classes))
@@ -109,8 +108,8 @@ def verdict(result: ProbeResult) -> list[str]:
         return objective.item_scores(result.predictions[result.key(rows[name])], result.targets)
 
     lines = []
-    probing = next(name for name in rows if name.startswith("efficient_probing"))
-    for name in dict.fromkeys((probing, result.rows[0].readout)):
+    chosen = [name for start in featured for name in rows if name.startswith(start)]
+    for name in dict.fromkeys((*chosen, result.rows[0].readout)):
         if name == "mean":
             lines.append("The converged linear probe on the mean token is itself the best readout.")
             continue
@@ -122,14 +121,9 @@ def verdict(result: ProbeResult) -> list[str]:
     return lines
 
 
-def page(name: str, chosen: DataSet, result: ProbeResult) -> str:
+def page(name: str, backbone: str, expectation: str, came_out: Sequence[str], result: ProbeResult, tool: str) -> str:
     """The table of one data set in Markdown."""
     settings = result.settings
-    shown = (
-        "MiniLM (all-MiniLM-L6-v2)" if not chosen.pretrain else "tiny masked autoencoder, `tools/pretrain_embedded.py "
-    )
-    if chosen.pretrain:
-        shown += " ".join(chosen.pretrain) + "`"
     columns = {
         "tie_group": "tie", "readout": "readout", "layers": "layers", "score": result.rows[0].metric, "ci_low": "low",
         "ci_high": "high", "params": "parameters", "macs": "MACs", "latency_ms": "ms", "attention_entropy": "entropy",
@@ -142,10 +136,11 @@ def page(name: str, chosen: DataSet, result: ProbeResult) -> str:
     return "\n".join(
         [
             f"# {name}", "",
-            f"Backbone: {shown}. Items: {items['train']} train, {items['validation']} validation, {items['test']} test."
-            f" {settings['seeds']} seeds, {settings['epochs']} epochs, batch {settings['batch_size']}.", "",
-            f"**Expected.** {chosen.expectation}", "", "**Came out.** " + " ".join(verdict(result)), "", *table, "",
-            f"Made by `python tools/real_data.py {name}`.", "",
+            f"Backbone: {backbone}. Items: {items['train']} train, {items['validation']} validation, "
+            f"{items['test']} test. {settings['seeds']} seeds, {settings['epochs']} epochs, "
+            f"batch {settings['batch_size']}.", "",
+            f"**Expected.** {expectation}", "", "**Came out.** " + " ".join(came_out), "", *table, "",
+            f"Made by `python tools/{tool} {name}`.", "",
         ]
     )  # fmt: skip
 
@@ -154,6 +149,14 @@ def _cell(value: object) -> str:
     if value is None or value != value:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_results(folder: Path, name: str, text: str, result: ProbeResult) -> None:
+    """``NAME.json`` and ``NAME.md``, and the head of the table on the screen."""
+    assert result.folder is not None
+    rows = json.loads((result.folder / "results.json").read_text())
+    write_all(folder, {f"{name}.json": json.dumps(rows, indent=2) + "\n", f"{name}.md": text})
+    print(result.frame()[["readout", "score"]].head(5).to_string(index=False))
 
 
 def main() -> None:
@@ -179,13 +182,13 @@ def main() -> None:
                 backbone, str(DATA / chosen.file), chosen.readouts, seeds=options.seeds, epochs=chosen.epochs,
                 display=display, out=ROOT / "runs" / name, resume=(ROOT / "runs" / name / "settings.json").exists(),
             )  # fmt: skip
-        rows = json.loads((ROOT / "runs" / name / "results.json").read_text())
-        write_all(
-            options.results,
-            {f"{name}.json": json.dumps(rows, indent=2) + "\n", f"{name}.md": page(name, chosen, result)},
-        )
-        print(pd.DataFrame(rows)[["readout", "score"]].head(5).to_string(index=False))
-        print("\n".join(verdict(result)))
+        shown = "MiniLM (all-MiniLM-L6-v2)"
+        if chosen.pretrain:
+            shown = f"tiny masked autoencoder, `tools/pretrain_embedded.py {' '.join(chosen.pretrain)}`"
+        came_out = verdict(result)
+        text = page(name, shown, chosen.expectation, came_out, result, "real_data.py")
+        write_results(options.results, name, text, result)
+        print("\n".join(came_out))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ KNOWN = (
     "Qwen/Qwen3-0.6B", "Qwen/Qwen3-Embedding-0.6B", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "bert-base-cased",
     "bert-base-uncased", "distilbert-base-uncased", "facebook/deit-base-patch16-224", "facebook/dinov2-base",
     "facebook/dinov2-small", "facebook/dinov2-with-registers-base", "facebook/dinov3-vitb16-pretrain-lvd1689m",
-    "facebook/dinov3-vits16-pretrain-lvd1689m", "facebook/vit-mae-base", "facebook/vit-mae-large",
+    "facebook/dinov3-vits16-pretrain-lvd1689m", "facebook/hubert-base-ls960", "facebook/hubert-large-ll60k",
+    "facebook/vit-mae-base", "facebook/vit-mae-large", "facebook/wav2vec2-base", "facebook/wav2vec2-large-lv60",
     "google/siglip-base-patch16-224", "google/siglip2-base-patch16-224", "google/vit-base-patch16-224",
     "google/vit-base-patch16-224-in21k", "meta-llama/Llama-3.2-1B", "microsoft/beit-base-patch16-224",
-    "microsoft/mpnet-base", "mistralai/Mistral-7B-v0.1", "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32",
+    "microsoft/mpnet-base", "microsoft/wavlm-base-plus", "microsoft/wavlm-large", "mistralai/Mistral-7B-v0.1",
+    "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32", "openai/whisper-base", "openai/whisper-tiny",
     "roberta-base", "sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-mpnet-base-v2",
 )  # fmt: skip
 """Ids offered when a name is mistyped; any other id of the hub loads just as well."""
@@ -31,6 +33,7 @@ BESIDE_THE_BLOCKS = (
     "pooler",
     "head.",
     "mask_token",
+    "masked_spec_embed",
     "visual_projection",
     "text_projection",
     "logit_",
@@ -65,7 +68,7 @@ class Loaded:
 
 
 class HuggingFaceBackbone(Backbone):
-    """What vision and text networks of transformers share.
+    """What vision, text and speech networks of transformers share.
 
     Hidden states 0 to ``num_layers - 1`` are what enters and leaves the blocks; the last one is the network's own
     ``last_hidden_state``: after the final norm where the class has one (ViT, MAE, DINO, SigLIP, Llama, ...), the plain
@@ -115,19 +118,21 @@ def load_huggingface(
     bidirectional: bool = False,
     **options: Any,
 ) -> Backbone:
-    """Load a vision or text network through ``AutoConfig``, ``AutoModel`` and the processor or tokenizer beside it.
+    """Load a network through ``AutoConfig``, ``AutoModel`` and the processor, tokenizer or feature extractor beside it.
 
     See :func:`cenote.backbones.load_backbone` for the arguments. ``options`` are those of
-    :class:`~cenote.backbones.huggingface_vision.HuggingFaceVision` (``image_size``) or
-    :class:`~cenote.backbones.huggingface_text.HuggingFaceText` (``max_length``, ``padding_side``).
+    :class:`~cenote.backbones.huggingface_vision.HuggingFaceVision` (``image_size``),
+    :class:`~cenote.backbones.huggingface_text.HuggingFaceText` (``max_length``, ``padding_side``) or
+    :class:`~cenote.backbones.huggingface_audio.HuggingFaceAudio` (``max_seconds``).
     """
     loaded = load_network(name, revision, dtype, device_map, trust_remote_code)
     if device is not None:
         loaded.module.to(device)
     kind = getattr(loaded.module, "main_input_name", None)
+    if bidirectional and kind != "input_ids":
+        seen = "a vision network" if kind == "pixel_values" else f"a {type(loaded.module).__name__}"
+        raise ValueError(f"bidirectional applies to causal language models, and {name!r} is {seen}")
     if kind == "pixel_values":
-        if bidirectional:
-            raise ValueError(f"bidirectional applies to causal language models, and {name!r} is a vision network")
         from cenote.backbones.huggingface_vision import HuggingFaceVision
 
         return HuggingFaceVision(loaded, **options)
@@ -141,22 +146,39 @@ def load_huggingface(
             loaded.module = loaded.module if changed is None else changed
             loaded.bidirectional = True
         return HuggingFaceText(loaded, **options)
+    if kind == "input_features" and loaded.config.model_type == "whisper":
+        from cenote.backbones.huggingface_whisper import HuggingFaceWhisper
+
+        return HuggingFaceWhisper(loaded, **options)
+    from cenote.backbones.huggingface_audio import WAVEFORM_FAMILIES, HuggingFaceWaveform
+
+    if loaded.config.model_type in WAVEFORM_FAMILIES:
+        return HuggingFaceWaveform(loaded, **options)
     raise ValueError(
-        f"{name!r} is a {type(loaded.module).__name__}: a backbone is a vision encoder or a text encoder or decoder"
+        f"{name!r} is a {type(loaded.module).__name__}: a backbone is a vision encoder, a text encoder or decoder, "
+        f"or a speech encoder ({', '.join(WAVEFORM_FAMILIES)}, whisper)"
     )
 
 
 def load_network(
     name: str, revision: str | None, dtype: torch.dtype | None, device_map: Any, trust_remote_code: bool
 ) -> Loaded:
-    """``AutoModel.from_pretrained``, the vision tower of a two-tower checkpoint, and a look at what was missing."""
+    """``AutoModel.from_pretrained``, the vision tower of a two-tower checkpoint, and a look at what was missing.
+
+    Of Whisper only the encoder is loaded.
+    """
     from transformers import AutoConfig, AutoModel
 
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = {key: value for key, value in (("dtype", dtype), ("device_map", device_map)) if value is not None}
     try:
         config = AutoConfig.from_pretrained(name, **source)
-        module, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **placed, **source)
+        auto: Any = AutoModel
+        if getattr(config, "model_type", None) == "whisper":
+            from cenote.backbones.huggingface_whisper import EncoderAlone
+
+            auto, placed["key_mapping"] = EncoderAlone, {r"^(?:model\.)?encoder\.": ""}
+        module, info = auto.from_pretrained(name, config=config, output_loading_info=True, **placed, **source)
     except OSError as error:
         raise ValueError(_not_found(name, error)) from error
     except ImportError:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from cenote.backbones.base import Backbone
 
-SCHEMES = ("embedded", "hf", "timm")
+SCHEMES = ("embedded", "hf", "timm", "kwt", "pyg")
 
 
 def load_backbone(
@@ -28,15 +28,18 @@ def load_backbone(
 
     Args:
         spec: ``"embedded"`` (the tiny vision transformer inside the package), ``"embedded:PATH"`` (one trained by
-            ``tools/pretrain_embedded.py``), ``"hf:ID_OR_FOLDER"`` (transformers: vision and text encoders and
-            decoders) or ``"timm:NAME"``. A name without a scheme means ``hf:``.
+            ``tools/pretrain_embedded.py``), ``"hf:ID_OR_FOLDER"`` (transformers: vision and text encoders,
+            decoders, and speech encoders: wav2vec 2.0, HuBERT, WavLM, Whisper), ``"timm:NAME"`` or ``"kwt:FOLDER"``
+            (a keyword transformer), or ``"pyg:FOLDER"`` and ``"pyg:gcn(in_dim=7)"`` (graph networks, trained by
+            :func:`cenote.tuning.gnn.train_gnn` or not at all). A name without a scheme means ``hf:``.
         revision: branch, tag or commit of a hub repository.
         dtype: of the weights, ``torch.bfloat16`` or ``"bfloat16"``; the checkpoint's own unless given.
         device: where to run; not together with ``device_map``.
         device_map: spread a large model over devices, as in transformers.
         trust_remote_code: run code that the hub repository brings along.
         bidirectional: let every token of a causal language model see every other one.
-        options: further keywords of the scheme's own class, ``max_length=256`` for texts, say.
+        options: further keywords of the scheme's own class, ``max_length=256`` for texts or ``max_seconds=10`` for
+            clips, say.
 
     Raises:
         ValueError: unknown scheme or name (nearest names suggested), an option that does not apply to the scheme, or a
@@ -63,6 +66,14 @@ def load_backbone(
         from cenote.backbones.timm import TimmBackbone
 
         return TimmBackbone(name, device=device, dtype=torch_dtype(dtype), **options)
+    if scheme == "kwt":
+        from cenote.backbones.keyword_transformer import KeywordTransformerBackbone
+
+        return KeywordTransformerBackbone(name, device=device, dtype=torch_dtype(dtype), **options)
+    if scheme == "pyg":
+        from cenote.backbones.pyg import load_pyg
+
+        return load_pyg(name, device=device, dtype=torch_dtype(dtype), **options)
     from cenote.backbones.huggingface import load_huggingface
 
     return load_huggingface(

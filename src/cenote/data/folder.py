@@ -1,4 +1,4 @@
-"""Images sorted into folders, one a class."""
+"""Images or sounds sorted into folders, one a class."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from cenote.data.audio import SoundFiles, sound_files
 from cenote.data.items import ImageFiles
 from cenote.data.source import SPLIT_NAMES, PartName, Source, part_name
 
@@ -24,17 +25,26 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def folder_source(folder: Path) -> Source:
-    """``folder/class/image`` or ``folder/split/class/image``; a class is the first folder below the split.
+    """``folder/class/file`` or ``folder/split/class/file``; a class is the first folder below the split.
 
-    It is the second form if a folder directly below is named ``train`` and has folders of its own; then all of them
-    must be splits (train, val, dev, test, ...). The digest covers names, sizes and times of change, not the pixels.
+    Files are images or sounds, whichever the folder holds; others are passed over. It is the second form if a folder
+    directly below is named ``train`` and has folders of its own; then all of them must be splits (train, val, dev,
+    test, ...). The digest covers names, sizes and times of change, not the content.
 
     Raises:
-        ValueError: no images, or images outside of class folders.
+        ValueError: neither images nor sounds, both of them, or files outside of class folders.
     """
-    paths = image_files(folder)
+    images, sounds = image_files(folder), sound_files(folder)
+    if images and sounds:
+        raise ValueError(
+            f"{folder} holds both images ({images[0].name}, ...) and sounds ({sounds[0].name}, ...): "
+            "put them into folders of their own"
+        )
+    paths = images or sounds
     if not paths:
-        raise ValueError(f"{folder} holds no images: expected {folder}/CLASS/IMAGE or {folder}/train/CLASS/IMAGE")
+        raise ValueError(
+            f"{folder} holds no images and no sounds: expected {folder}/CLASS/FILE or {folder}/train/CLASS/FILE"
+        )
     steps = [path.relative_to(folder).parts for path in paths]
     top = {step[0] for step in steps}
     divided = any(SPLIT_NAMES.get(name.lower()) == "train" for name in top) and any(len(step) > 2 for step in steps)
@@ -42,7 +52,7 @@ def folder_source(folder: Path) -> Source:
     loose = [step for step in steps if len(step) <= depth]
     if loose:
         raise ValueError(
-            f"{folder}/{'/'.join(loose[0])} is in no class folder: expected {'SPLIT/' if divided else ''}CLASS/IMAGE"
+            f"{folder}/{'/'.join(loose[0])} is in no class folder: expected {'SPLIT/' if divided else ''}CLASS/FILE"
         )
     parts: list[PartName] | None = [part_name(step[0], str(folder)) for step in steps] if divided else None
     digest = hashlib.sha256()
@@ -51,8 +61,8 @@ def folder_source(folder: Path) -> Source:
         digest.update(f"{'/'.join(step)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return Source(
         name=str(folder),
-        modality="image",
-        items=ImageFiles(paths),
+        modality="image" if images else "audio",
+        items=ImageFiles(paths) if images else SoundFiles(paths),
         labels=[step[depth - 1] for step in steps],
         ids=["/".join(step) for step in steps],
         digest=digest.hexdigest(),

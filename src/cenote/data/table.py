@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cenote.data.audio import ColumnSounds, is_sound_name
 from cenote.data.columns import choose_columns
 from cenote.data.items import ColumnImages, ColumnTexts
 from cenote.data.source import PartName, Source, near, part_name
@@ -27,7 +28,7 @@ def table_format(path: Path) -> str | None:
 
 
 def file_source(path: Path, **columns: str | None) -> Source:
-    """One csv, tsv, parquet, json or jsonl file; paths of images are relative to its folder.
+    """One csv, tsv, parquet, json or jsonl file; paths of images and sounds are relative to its folder.
 
     The digest covers the file's bytes; above 1 GiB its name, size and time of change.
     """
@@ -70,7 +71,7 @@ def hub_source(spec: str, **columns: str | None) -> Source:
         try:
             tables = load_dataset(name, configuration or None)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ValueError(f"the datasets library cannot load {spec!r}: {reason}") from error
     return tables_source(dict(tables), spec, _digest_of(tables), None, columns)
 
@@ -84,7 +85,7 @@ def tables_source(
         tables: by split; a single one under ``None`` may have a column that says the split.
         name: for messages.
         digest: of the content.
-        folder: what relative image paths start from.
+        folder: what relative paths of images and sounds start from.
         columns: as asked for; see :func:`cenote.data.columns.choose_columns`.
     """
     from datasets import ClassLabel, concatenate_datasets
@@ -119,7 +120,11 @@ def tables_source(
         names = {value: part_name(value, f"the column {chosen.split!r} of {name}") for value in set(values)}
         parts = [names[value] for value in values]
     column = arrow.column(chosen.item)
-    items = ColumnImages(column, folder) if chosen.modality == "image" else ColumnTexts(column)
+    if chosen.modality == "image" and not columns.get("image_column") and is_sound_name(column[0].as_py()):
+        chosen = chosen._replace(modality="audio")  # a column of paths is guessed to hold images
+    items: Any = ColumnTexts(column)
+    if chosen.modality != "text":
+        items = (ColumnImages if chosen.modality == "image" else ColumnSounds)(column, folder)
     return Source(
         name=name,
         modality=chosen.modality,

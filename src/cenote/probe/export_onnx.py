@@ -103,9 +103,11 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
-        ValueError: wrong backbone, fewer than 3 items, a model that torch.export cannot trace, or a difference above
-            ``tolerance`` (nothing is written then).
+        ValueError: wrong backbone, one that reads neither images nor texts, fewer than 3 items, a model that
+            torch.export cannot trace, or a difference above ``tolerance`` (nothing is written then).
     """
+    if backbone.modality not in ("image", "text"):
+        raise ValueError(f"ONNX export serves image and text backbones; {backbone.spec} reads {backbone.modality}")
     _require_packages()
     import onnx
 

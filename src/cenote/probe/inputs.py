@@ -1,10 +1,11 @@
-"""Unlabelled inputs named on a command line: image files and folders, texts, files of texts."""
+"""Unlabelled inputs named on a command line: files and folders of images or sounds, texts, files of texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from cenote.data.audio import SoundFiles, sound_files
 from cenote.data.folder import image_files
 from cenote.data.items import ImageFiles
 from cenote.types import Modality
@@ -14,33 +15,36 @@ TABLE_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 def read_inputs(
     inputs: Sequence[str], modality: Modality, column: str | None = None
-) -> tuple[ImageFiles | list[str], list[str]]:
+) -> tuple[ImageFiles | SoundFiles | list[str], list[str]]:
     """Items and a name for each.
 
-    For images every input is a file or a folder, which is searched to the bottom. For text it is a ``.csv`` or
-    ``.tsv`` file (one text a row, from ``column``), a ``.txt`` file (one text a line, empty lines left out), or the
+    For images and sounds every input is a file or a folder, which is searched to the bottom. For text it is a ``.csv``
+    or ``.tsv`` file (one text a row, from ``column``), a ``.txt`` file (one text a line, empty lines left out), or the
     text itself.
 
     Raises:
-        ValueError: nothing given or found, a file that does not exist, a table without the column.
+        ValueError: nothing given or found, a file that does not exist, a table without the column, a modality that is
+            not read from files.
     """
     if not inputs:
         raise ValueError("nothing to predict: give at least one input")
-    if modality == "image":
-        paths = [path for given in inputs for path in _image_paths(Path(given))]
-        return ImageFiles(paths), [str(path) for path in paths]
+    if modality in ("image", "audio"):
+        paths = [path for given in inputs for path in _paths(Path(given), modality)]
+        return (ImageFiles if modality == "image" else SoundFiles)(paths), [str(path) for path in paths]
+    if modality != "text":
+        raise ValueError(f"{modality}s cannot be named on the command line: use cenote.probe.predict")
     pairs = [pair for given in inputs for pair in _texts(given, column)]
     return [text for text, _ in pairs], [name for _, name in pairs]
 
 
-def _image_paths(path: Path) -> list[Path]:
+def _paths(path: Path, modality: Modality) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ValueError(f"no such image file or folder: {path}")
-    found = image_files(path)
+        raise ValueError(f"no such {modality} file or folder: {path}")
+    found = (image_files if modality == "image" else sound_files)(path)
     if not found:
-        raise ValueError(f"no images in {path}")
+        raise ValueError(f"no {'images' if modality == 'image' else 'sounds'} in {path}")
     return found
 
 

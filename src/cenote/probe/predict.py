@@ -36,7 +36,7 @@ def predict(
     Args:
         readout: from :meth:`Readout.from_pretrained`.
         backbone: the one it was trained on.
-        items: raw items, decoded one by one as they are needed (PIL images or strings).
+        items: raw items, decoded one by one as they are needed (PIL images, strings, clips or graphs).
         batch_size: items in one pass through the backbone.
         top: classes listed for each item.
         ids: names of the items; their positions if not given.
