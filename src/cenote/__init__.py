@@ -12,6 +12,7 @@ _ROOMS = (
     "backbones",
     "catalog",
     "data",
+    "inspection",
     "integrations",
     "ops",
     "pooling",

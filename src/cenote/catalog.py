@@ -111,6 +111,7 @@ SYSTEMS: tuple[System, ...] = (
         "2508.01087",
         "inspection",
         "Scores how likely an item belongs to no known class, from features before and after the class weights.",
+        "cenote.inspection.open_set:CoStarr",
         hosts=("any classifier with a linear last layer",),
     ),
     System(
@@ -213,7 +214,8 @@ SYSTEMS: tuple[System, ...] = (
         "2601.01123",
         "pooling",
         "A graph readout that weighs the activations of all message-passing layers, then attends over nodes.",
-        hosts=("PyTorch Geometric networks",),
+        "cenote.pooling.histograph:HistoGraph",
+        ("PyTorch Geometric networks", "any stack of hidden states"),
     ),
     System(
         "hylra",

@@ -26,8 +26,12 @@ def assemble(
     on_error: Literal["raise", "skip"] = "raise",
     limit: int | None = None,
     task: Task | None = None,
+    labelled: bool = True,
 ) -> Data:
-    """Divide, limit, check and encode; see :func:`cenote.data.load_data`."""
+    """Divide, limit, check and encode; see :func:`cenote.data.load_data`.
+
+    ``labelled=False`` takes any labels, as long as there are some: for items of which only the pixels or words count.
+    """
     for option, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0 < fraction < 1:
             raise ValueError(f"{option} must lie between 0 and 1, got {fraction}")
@@ -66,7 +70,8 @@ def assemble(
         if not readable:
             raise ValueError(f"the {part} part of {source.name} has no readable items")
         splits[part] = _split(source, usable[readable], encoded.targets[readable])
-    _check_labels(source.name, encoded, splits)
+    if labelled:
+        _check_labels(source.name, encoded, splits)
     return Data(source.name, source.modality, encoded.task, encoded.classes, **splits, skipped=tuple(skipped))
 
 
