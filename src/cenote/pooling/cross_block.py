@@ -162,6 +162,16 @@ _REFERENCE_NAMES = {
 }
 
 
+def reference_names() -> dict[str, str]:
+    """Official key of every weight of a published head, and its name in a pooling whose block is called ``block``."""
+    names: dict[str, str] = {}
+    for own, official in _REFERENCE_NAMES.items():
+        biased = own not in ("query", "key_value", "out")
+        parts = ("",) if own == "latents" else (".weight", ".bias") if biased else (".weight",)
+        names |= {official + part: f"block.{own}{part}" for part in parts}
+    return names
+
+
 def read_reference(
     state_dict: Mapping[str, Tensor], num_heads: int, extra: Mapping[str, str] | None = None
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
@@ -175,11 +185,7 @@ def read_reference(
     Raises:
         ValueError: missing or unexpected keys, or a number of heads that does not divide the inner width.
     """
-    names = dict(extra or {})
-    for own, official in _REFERENCE_NAMES.items():
-        biased = own not in ("query", "key_value", "out")
-        parts = ("",) if own == "latents" else (".weight", ".bias") if biased else (".weight",)
-        names |= {official + part: f"block.{own}{part}" for part in parts}
+    names = {**(extra or {}), **reference_names()}
     missing, unexpected = sorted(names.keys() - state_dict.keys()), sorted(state_dict.keys() - names.keys())
     if missing or unexpected:
         raise ValueError(f"not a checkpoint of this head: missing keys {missing}, unexpected keys {unexpected}")

@@ -25,6 +25,7 @@ def info_nce(
     temperature: float = 0.05,
     in_batch: bool = True,
     negative_mask: Bool[Tensor, "rows each"] | None = None,
+    false_negatives: Bool[Tensor, "queries documents"] | None = None,
 ) -> Float[Tensor, ""]:
     """InfoNCE, ``mean_i -log softmax_j(cos(q_i, d_j) / temperature)_{j = own positive}``.
 
@@ -40,10 +41,13 @@ def info_nce(
         temperature: divides the cosines; 0.02 to 0.05 is usual.
         in_batch: also tell a query apart from the other queries' documents.
         negative_mask: ``False`` leaves a hard negative out (see :func:`select_hard_negatives`).
+        false_negatives: with ``in_batch``, ``True`` leaves a document of the batch out for one query, because it is
+            relevant to that query too, ``(queries, documents)``: all positives, then all hard negatives row by row. A
+            query's own positive always stays.
 
     Raises:
-        ValueError: unequal numbers of queries and positives, no rows, a temperature that is not positive, and, without
-            ``in_batch``, a query that has no hard negative at all.
+        ValueError: unequal numbers of queries and positives, no rows, a temperature that is not positive; without
+            ``in_batch``, a query that has no hard negative at all, or ``false_negatives``, which then have no place.
         TypeError: embeddings that are not floating point.
     """
     _check(queries, positives, temperature, "temperature")
@@ -56,9 +60,19 @@ def info_nce(
             f"negative_mask must have the shape of the negatives, {shape}, got {tuple(negative_mask.shape)}"
         )
     if not in_batch:
+        if false_negatives is not None:
+            raise ValueError("false_negatives speak of the batch's documents; without in_batch use negative_mask")
         return _own_negatives_only(queries, positives, negatives, temperature, negative_mask)
     flat = None if negatives is None else negatives.flatten(0, 1)
-    keep = None if negative_mask is None else negative_mask.flatten()
+    documents = count + (0 if flat is None else len(flat))
+    keep = None
+    if negative_mask is not None:
+        keep = torch.cat([negative_mask.new_ones(count), negative_mask.flatten()]).expand(count, -1)
+    if false_negatives is not None:
+        if tuple(false_negatives.shape) != (count, documents):
+            raise ValueError(f"false_negatives must be ({count}, {documents}), got {tuple(false_negatives.shape)}")
+        own = torch.eye(count, documents, dtype=torch.bool, device=false_negatives.device)
+        keep = ~false_negatives | own if keep is None else keep & (~false_negatives | own)
     return _against_all(queries, positives, flat, 1 / temperature, keep)
 
 
@@ -165,7 +179,7 @@ def _against_all(
         documents = _unit(positives) if negatives is None else torch.cat([_unit(positives), _unit(negatives)])
         logits = scale * _unit(queries) @ documents.T
         if keep is not None:
-            logits = logits.masked_fill(~torch.cat([keep.new_ones(len(positives)), keep]), float("-inf"))
+            logits = logits.masked_fill(~keep, float("-inf"))
         return F.cross_entropy(logits, torch.arange(len(queries), device=queries.device))
 
 
