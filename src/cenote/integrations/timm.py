@@ -50,8 +50,8 @@ def set_global_pool(
 ) -> nn.Module:
     """Put a pooling where a timm network pools its tokens or its last map, in place.
 
-    Vision transformers get it as ``attn_pool``, convolutional and hierarchical networks as ``global_pool`` (of the model
-    or of its head): timm's own places, so that ``forward_features``, ``forward_head(x, pre_logits=True)``,
+    Vision transformers get it as ``attn_pool``, convolutional and hierarchical networks as ``global_pool`` (of the
+    model or of its head): timm's own places, so that ``forward_features``, ``forward_head(x, pre_logits=True)``,
     ``get_classifier``, training scripts and checkpoints work as ever. A classifier (and a norm in front of it) whose
     width no longer fits is replaced by a fresh one.
 
@@ -101,7 +101,9 @@ def _into_transformer(model: Any, pooling: Pooling, prefix: bool) -> None:
 
 
 def _into_map_head(model: Any, pooling: Pooling) -> None:
-    places = [part for part in (model, getattr(model, "head", None)) if isinstance(_old_pool(part), nn.Module)]
+    places: list[Any] = [
+        part for part in (model, getattr(model, "head", None)) if isinstance(_old_pool(part), nn.Module)
+    ]
     if not places:
         raise ValueError(
             f"{type(model).__name__} pools in a place that is not known: neither attn_pool nor global_pool"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cenote.pooling.base import Pooling
@@ -21,7 +22,8 @@ def macs(pooling: Pooling, head: nn.Module, tokens: Tensor, mask: Tensor | None)
     """
     # The counter's module hooks trip over parameters that require gradients: count on a copy that does not.
     still_pooling, still_head = copy.deepcopy(pooling).requires_grad_(False), copy.deepcopy(head).requires_grad_(False)
-    with FlopCounterMode(display=False) as counter:
+    # The counter does not know the fused attention of the CPU, whose plain form has the same products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         still_head(still_pooling._pool(tokens[:1], None if mask is None else mask[:1])[0].float())
     return counter.get_total_flops() // 2
 

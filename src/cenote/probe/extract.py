@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cenote.backbones.base import Backbone, LayerReducer
 from cenote.data.base import Split
@@ -19,14 +19,17 @@ from cenote.probe.cache import stores_dir
 from cenote.probe.checked import CheckedShards
 from cenote.probe.files import exclusive, join, remove_leftovers
 from cenote.probe.identity import identify
-from cenote.probe.loading import Augment, load_items
-from cenote.probe.manifest import Layout, Manifest, Shard, digest
-from cenote.probe.shards import write_shard
+from cenote.probe.loading import Augment
+from cenote.probe.manifest import Layout, Manifest, digest
 from cenote.probe.store import FeatureStore
-from cenote.types import Features, resolve_layers
+from cenote.probe.work import Done, Elsewhere, Job, Work, same_layout
+from cenote.types import resolve_layers
 
 SHARD_BYTES = 128 * 2**20
 """A shard is closed by the batch that brings it to this size."""
+
+MANIFEST_SECONDS = 1.0
+"""Where shards are made elsewhere, the manifest is written no more often: it grows with their number."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,6 +50,7 @@ def extract(
     augment: Augment | None = None,
     reduce: LayerReducer | None = None,
     num_workers: int = 0,
+    elsewhere: Elsewhere | None = None,
 ) -> FeatureStore:
     """Hidden states of every item of a split, from the cache or computed now.
 
@@ -72,6 +76,10 @@ def extract(
             from ``view`` and the item's number. See :class:`cenote.probe.loading.Seeded` for transforms without a seed.
         reduce: token reduction, applied layer by layer inside the backbone.
         num_workers: threads that load items ahead of the backbone; 0 loads them in between.
+        elsewhere: makes the shards in place of this process, see :mod:`cenote.integrations.ray`. Where shards end must
+            then be known beforehand: the first batch stands for all in the count of items that fill 128 MiB. So the
+            files are those of a run in this process where all items have the same number of tokens, or where
+            ``shard_items`` closes every shard.
 
     Raises:
         ValueError: an empty split, an unknown ``dtype``, an item without tokens or with NaN or infinite features (its
@@ -100,65 +108,11 @@ def extract(
         "reduce": None if reduce is None else identify(reduce),
     }
 
-    def load(first: int, stop: int) -> Generator[Any, None, None]:
-        return load_items(split, first, stop, view=view, augment=augment, workers=num_workers, ahead=2 * batch_size)
-
-    def encode(items: list[Any], ids: Sequence[str]) -> Rows:
-        return Rows.of(backbone(backbone.collate(items), numbers, reduce), dtype, ids)
-
     folder = join(stores_dir(cache_dir), digest(key))
+    work = Work(backbone, split, folder, numbers, dtype, batch_size, view, augment, reduce, num_workers)
     with exclusive(folder):
         remove_leftovers(folder)
-        filling = _Filling(folder, key, split.ids, len(split), load, encode, batch_size, on_batch or (lambda *_: None))
-        return filling.run(shard_items)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Features of a batch as they are stored: real tokens only, end to end."""
-
-    layers: dict[int, Tensor]
-    counts: Tensor
-    pooled: Tensor | None
-    layout: Layout
-
-    @classmethod
-    def of(cls, features: Features, dtype: torch.dtype, ids: Sequence[str]) -> Rows:
-        """Drop padding, convert, and refuse what must not be stored, naming the item."""
-        counts = features.mask.sum(1).cpu()
-        if not counts.all():
-            raise ValueError(f"item {ids[int(counts.argmin())]!r} has no real token")
-        full = bool(features.mask.all())
-        layers = {}
-        for position, number in enumerate(features.layers):
-            hidden = features.hidden[:, position]
-            rows = hidden.flatten(0, 1) if full else hidden[features.mask]
-            layers[number] = _stored(rows, dtype, counts, ids, f"layer {number}")
-        pooled = features.pooled
-        if pooled is not None:
-            pooled = _stored(pooled, dtype, torch.ones_like(counts), ids, "the pooled output")
-        grid = None if features.grid is None else (int(features.grid[0]), int(features.grid[1]))
-        width = None if pooled is None else pooled.shape[1]
-        return cls(layers, counts, pooled, Layout(features.hidden.shape[-1], features.prefix, grid, width))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(rows.nbytes for rows in self.layers.values())
-
-
-def _stored(rows: Tensor, dtype: torch.dtype, counts: Tensor, ids: Sequence[str], where: str) -> Tensor:
-    """A copy in main memory in the stored type, all finite."""
-    stored = torch.empty(rows.shape, dtype=dtype).copy_(rows)
-    finite = stored.isfinite()
-    if finite.all():
-        return stored
-    row = int(finite.all(1).logical_not().nonzero()[0])
-    item = int(torch.searchsorted(counts.cumsum(0), row, right=True))
-    if rows[row].isfinite().all():
-        reason = f"values up to {float(rows[row].abs().max()):.3g}, too large for {dtype}: store float32 or bfloat16"
-    else:
-        reason = "NaN features" if rows[row].isnan().any() else "infinite features"
-    raise ValueError(f"item {ids[item]!r} has {reason} ({where})")
+        return _Filling(work, key, on_batch or (lambda *_: None)).run(shard_items, elsewhere)
 
 
 @dataclass
@@ -166,38 +120,33 @@ class _Filling:
     """One run over a store's folder.
 
     Attributes:
-        load: items of a range, one by one.
-        encode: their features, given their ids.
+        work: what shards are computed from.
+        key: everything the store depends on.
+        on_batch: told of the progress.
     """
 
-    folder: str
+    work: Work
     key: dict[str, Any]
-    ids: Sequence[str]
-    total: int
-    load: Callable[[int, int], Generator[Any, None, None]]
-    encode: Callable[[list[Any], Sequence[str]], Rows]
-    batch_size: int
     on_batch: Progress
     manifest: Manifest | None = None
     done: int = 0
 
-    def run(self, shard_items: int | None) -> FeatureStore:
+    def __post_init__(self) -> None:
+        self.folder, self.total = self.work.folder, len(self.work.split)
+
+    def run(self, shard_items: int | None, elsewhere: Elsewhere | None) -> FeatureStore:
         """Repair bad shards, add missing ones, and open the store."""
         known = self._known()
         damaged = [] if known is None else known.damaged()
         shards = () if known is None else known.manifest.shards
         self.done = sum(shard.items for number, shard in enumerate(shards) if number not in damaged)
         self.on_batch(self.done, self.total)
-        for number in damaged:
-            first, end = shards[number].first, shards[number].end
-            with closing(self.load(first, end)) as items:
-                self._write(number, items, first, end, None)
-        number, first = len(shards), shards[-1].end if shards else 0
-        with closing(self.load(first, self.total)) as items:
-            while first < self.total:
-                end = self.total if shard_items is None else min(self.total, first + shard_items)
-                first = self._write(number, items, first, end, SHARD_BYTES)
-                number += 1
+        repairs = [Job(number, shards[number].first, shards[number].end) for number in damaged]
+        first = shards[-1].end if shards else 0
+        if elsewhere is None:
+            self._here(repairs, len(shards), first, shard_items)
+        elif repairs or first < self.total:
+            self._elsewhere(elsewhere, [*repairs, *self._cut(len(shards), first, shard_items)])
         store = FeatureStore.open(self.folder)
         if known is not None:
             store.shards.trust(known)
@@ -215,35 +164,64 @@ class _Filling:
             )
         return CheckedShards(self.folder, self.manifest)
 
-    def _write(self, number: int, items: Iterator[Any], first: int, end: int, limit: int | None) -> int:
-        """One shard of the items from ``first``, up to ``end`` or ``limit`` bytes; returns where it ended."""
-        batches: list[Rows] = []
-        at, size = first, 0
-        while at < end and (limit is None or size < limit):
-            stop = min(at + self.batch_size, end)
-            rows = self.encode(list(islice(items, stop - at)), self.ids[at:stop])
-            if self.manifest is None:
-                self.manifest = Manifest(self.key, self.total, rows.layout)
-            if rows.layout != self.manifest.layout:
-                raise ValueError(f"features changed shape between batches: {rows.layout} after {self.manifest.layout}")
-            batches.append(rows)
-            at, size = stop, size + rows.nbytes
-            self.on_batch(self.done + at - first, self.total)
-        assert self.manifest is not None
-        shard = _write_rows(self.folder, number, first, batches)
-        self.manifest = self.manifest.with_shard(number, shard)
-        self.manifest.write(self.folder)
-        self.done += at - first
-        return at
+    def _here(self, repairs: Sequence[Job], number: int, first: int, shard_items: int | None) -> None:
+        """Make shards one by one, items loaded ahead across their borders."""
 
+        def progress(items: int) -> None:
+            self.on_batch(self.done + items, self.total)
 
-def _write_rows(folder: str, number: int, first: int, batches: list[Rows]) -> Shard:
-    counts = torch.cat([rows.counts for rows in batches])
-    tensors: dict[str, Sequence[Tensor]] = {"offsets": [torch.cat([counts.new_zeros(1), counts.cumsum(0)])]}
-    for layer in batches[0].layers:
-        tensors[f"layer.{layer}"] = [rows.layers[layer] for rows in batches]
-    pooled = [rows.pooled for rows in batches if rows.pooled is not None]
-    if pooled:
-        tensors["pooled"] = pooled
-    size, checksum = write_shard(join(folder, Shard.name(number)), tensors)
-    return Shard(Shard.name(number), size, checksum, first, len(counts), int(counts.sum()), int(counts.max()))
+        def layout() -> Layout | None:
+            return None if self.manifest is None else self.manifest.layout
+
+        for job in repairs:
+            self._record(self.work.shard(job, layout(), on_items=progress))
+        with closing(self.work.items(first, self.total)) as items:
+            while first < self.total:
+                end = self.total if shard_items is None else min(self.total, first + shard_items)
+                done = self.work.shard(Job(number, first, end), layout(), items, SHARD_BYTES, progress)
+                self._record(done)
+                number, first = number + 1, done.shard.end
+
+    def _elsewhere(self, elsewhere: Elsewhere, jobs: Sequence[Job]) -> None:
+        """Have shards made, and note each as soon as those in front of it are there; many may come in a second."""
+        waiting: dict[int, Done] = {}
+        recorded = 0 if self.manifest is None else len(self.manifest.shards)
+        written = time.monotonic()
+        try:
+            for done in elsewhere(self.work, jobs, None if self.manifest is None else self.manifest.layout):
+                waiting[done.number] = done
+                self.on_batch(self.done + sum(d.shard.items for d in waiting.values()), self.total)
+                while ready := [number for number in waiting if number <= recorded]:
+                    for number in ready:
+                        self._note(waiting.pop(number))
+                        recorded = max(recorded, number + 1)
+                if self.manifest is not None and time.monotonic() - written > MANIFEST_SECONDS:
+                    self.manifest.write(self.folder)
+                    written = time.monotonic()
+        finally:
+            if self.manifest is not None:
+                self.manifest.write(self.folder)
+        remove_leftovers(self.folder)  # of workers that were killed
+
+    def _cut(self, number: int, first: int, shard_items: int | None) -> list[Job]:
+        """The missing shards, ended as a run in this process ends them where all batches are as large as the first."""
+        if first == self.total:
+            return []
+        size = self.work.batch_size
+        with closing(self.work.items(0, min(size, self.total))) as items:
+            batch = self.work.rows(items, 0, min(size, self.total))
+        most = size * math.ceil(SHARD_BYTES / batch.nbytes)
+        most = most if shard_items is None else min(most, shard_items)
+        starts = range(first, self.total, most)
+        return [Job(number + n, start, min(start + most, self.total)) for n, start in enumerate(starts)]
+
+    def _record(self, done: Done) -> None:
+        self._note(done).write(self.folder)
+
+    def _note(self, done: Done) -> Manifest:
+        if self.manifest is None:
+            self.manifest = Manifest(self.key, self.total, done.layout)
+        same_layout(done.layout, self.manifest.layout)
+        self.manifest = self.manifest.with_shard(done.number, done.shard)
+        self.done += done.shard.items
+        return self.manifest

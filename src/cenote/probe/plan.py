@@ -32,13 +32,15 @@ BLOCKS = (
     "coca",
     "dinovit",
     "dolg",
+    "histograph",
     "jepa",
+    "l_tdnn",
     "siglip",
     "latent_attention",
     "latent_pooling",
     "multi_layer_pooling",
 )
-HEADS = {"simpool": 1, "esimpool": 12, "aim": 16, "jepa": 16, "cait": 4, "clip": 4}
+HEADS = {"simpool": 1, "esimpool": 12, "aim": 16, "jepa": 16, "cait": 4, "clip": 4, "histograph": 4}
 CLASS_ONLY = ("cls",)
 EXTRAS = ("knn", "encoder_pooler")
 """Rows of the table that are no poolings."""
@@ -111,11 +113,14 @@ def default_options(name: str, dim: int) -> dict[str, Any]:
     if name == "efficient_probing":
         wanted["num_queries"] = 32
     parameters = inspect.signature(pooling_class(name)).parameters
-    options = {key: largest_divisor(dim, top) for key, top in wanted.items() if key in parameters}
+    options: dict[str, Any] = {key: largest_divisor(dim, top) for key, top in wanted.items() if key in parameters}
     if name in ("coca", "latent_attention", "latent_pooling", "multi_layer_pooling"):
         # Published at language-model or ImageNet scale; sized here to the width they read.
         sizes = {"num_latents": 8, "head_dim": max(8, dim // 8), "dim_head": 64, "num_queries": 1, "num_heads": 8}
         options = {key: value for key, value in sizes.items() if key in parameters}
+    if name == "l_tdnn":
+        # A tenth of the published width, and no dropout, which the few epochs of a probe have no use for.
+        options = {"conv_dim": 32, "hidden_size": 64, "num_heads": 4, "pool_dim": 64, "se_channels": 16, "dropout": 0.0}
     return options
 
 
