@@ -243,7 +243,8 @@ SYSTEMS: tuple[System, ...] = (
         "2409.07770",
         "pooling",
         "Convolves over the layers and frames of a speech encoder to make one speaker vector.",
-        hosts=("wav2vec 2.0", "HuBERT", "WavLM"),
+        "cenote.pooling.l_tdnn:LTDNN",
+        ("wav2vec 2.0", "HuBERT", "WavLM"),
     ),
     System(
         "multi-layer-pooling",

@@ -6,7 +6,13 @@ from cenote.pooling import create_pooling, list_layer_reductions, list_poolings
 DIM, LAYERS, GRID = 96, 3, (2, 8)
 
 # Constructor options by name, where the defaults do not fit DIM.
-OPTIONS: dict[str, dict] = {}
+OPTIONS: dict[str, dict] = {
+    # Small, and nothing that chance decides in training.
+    "l_tdnn": {
+        "conv_dim": 16, "hidden_size": 32, "num_heads": 4, "pool_dim": 24, "num_blocks": 1, "depth": 2,
+        "res2_scale": 4, "se_channels": 8, "dropout": 0.0,
+    },
+}  # fmt: skip
 
 # Settings beside the defaults that take another path through a pooling.
 VARIANTS = [
@@ -17,6 +23,9 @@ VARIANTS = [
     "dolg(with_aspp=True)",
     "abmilp(cond='pe')",
     "latent_pooling(tokens='last')",
+    "histograph(normalisation='softmax', weights='node', hidden_dim=15, num_heads=3)",
+    "histograph(residual=True, layer_norm=True)",
+    "l_tdnn(net='d3net', num_blocks=2)",
 ]
 
 COMPOSED = [

@@ -18,6 +18,8 @@ _FILES = {
     "cls": "cls:Cls",
     "gem": "gem:GeM",
     "ggem": "ggem:GGeM",
+    "histograph": "histograph:HistoGraph",
+    "l_tdnn": "l_tdnn:LTDNN",
     "last_token": "last_token:LastToken",
     "latent_attention": "latent_attention:LatentAttention",
     "latent_pooling": "multi_layer:LatentPooling",
