@@ -6,7 +6,10 @@ import torch
 from cenote.integrations.timm import set_global_pool
 
 image = torch.randn(2, 3, 160, 160)
-for name in ("test_vit", "test_resnet"):  # small networks of timm; pretrained=True loads weights where there is a network
+for name in (
+    "test_vit",
+    "test_resnet",
+):  # small networks of timm; pretrained=True loads weights where there is a network
     model = timm.create_model(name, pretrained=False, num_classes=10)
     set_global_pool(model, "efficient_probing(num_queries=4)")
     vector = model.forward_head(model.forward_features(image), pre_logits=True)
