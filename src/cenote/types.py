@@ -24,6 +24,7 @@ Modality = Literal["image", "text", "audio", "graph"]
 Task = Literal["classification", "multilabel", "regression"]
 JudgedTask = Literal["verification", "similarity", "retrieval", "clustering"]
 """Tasks that judge vectors by each other instead of by a head's output."""
+JUDGED_TASKS: tuple[JudgedTask, ...] = ("verification", "similarity", "retrieval", "clustering")
 
 
 class Audio(NamedTuple):

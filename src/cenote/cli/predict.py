@@ -32,7 +32,7 @@ def command(
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Images or folders of images; or texts, .txt files (a text a line), .csv or .tsv files.",
+            help="Images, sounds or folders of them; or texts, .txt files (a text a line), .csv or .tsv files.",
         ),
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes listed for each input.")] = 3,
@@ -44,6 +44,10 @@ def command(
         ),
     ] = None,
     csv_out: Annotated[Path | None, typer.Option("--csv", help="Also write them as CSV; '-' as above.")] = None,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(help="Where READOUT comes from a judged task: write its vectors to this .npy or .parquet file."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs in one pass through the backbone.")] = 32,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
     on_error: Annotated[
@@ -76,11 +80,22 @@ def command(
 
       cenote predict best "a text" "another one"
 
+      cenote predict best clip.wav recordings/
+
       cenote predict best reviews.csv --column review --csv out.csv
     """
     to_stdout = [target for target in (json_out, csv_out) if str(target) == "-"]
     if len(to_stdout) > 1:
         raise ValueError("only one of --json and --csv can go to standard output")
+
+    from cenote.cli.predict_vectors import check_kind, write_vectors
+
+    check_kind(readout, vectors)
+    if vectors is not None:
+        _check_device(device)
+        loading = {"backbone": backbone, "device": device, "trust_remote_code": trust_remote_code}
+        write_vectors(readout, inputs, vectors, batch_size, column, revision, loading)
+        return
 
     from cenote.backbones import load_backbone
     from cenote.probe.inputs import read_inputs

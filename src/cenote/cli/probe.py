@@ -15,8 +15,8 @@ def command(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="digits, an image folder, a csv/tsv/parquet/json file, or a datasets id; repeat it to compare across "
-            "data sets."
+            help="digits, a folder of images or sounds, a csv/tsv/parquet/json file, or a datasets id; repeat it to "
+            "compare across data sets."
         ),
     ] = None,
     readouts: Annotated[
@@ -30,7 +30,17 @@ def command(
         str, typer.Option(help="Hidden states that one-layer readouts are compared at: last, all, or 3,4.")
     ] = "last",
     tokens: Annotated[str, typer.Option(help="auto, or any of class,patches,both.")] = "auto",
-    task: Annotated[str, typer.Option(help="auto, classification, multilabel or regression.")] = "auto",
+    task: Annotated[
+        str,
+        typer.Option(
+            help="auto, classification, multilabel, regression; or verification, similarity, retrieval, clustering, "
+            "which compare vectors by cosine."
+        ),
+    ] = "auto",
+    open_set: Annotated[
+        str | None,
+        typer.Option(help="Judge readouts on unknown items too: classes held out (3,7), or a second data set."),
+    ] = None,
     lrs: Annotated[
         str | None, typer.Option(help="Learning rates in place of each readout's own grid: 0.001,0.01.")
     ] = None,
@@ -65,14 +75,40 @@ def command(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of stored features: float32, float16 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: extraction and training on a Ray cluster (extra: distributed).")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster: host:6379 or auto (default: start one on this machine).")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub backbone.")] = None,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Drop a decoder's causal mask.")] = False,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Read at most so many seconds of a sound (default: all of it).")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that a hub repository brings.")
     ] = False,
     image_column: Annotated[str | None, typer.Option(help="Column of images in a table.")] = None,
+    audio_column: Annotated[str | None, typer.Option(help="Column of sounds in a table.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of texts in a table.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels in a table.")] = None,
+    first_column: Annotated[str | None, typer.Option(help="Similarity: column of first texts.")] = None,
+    second_column: Annotated[str | None, typer.Option(help="Similarity: column of second texts.")] = None,
+    score_column: Annotated[str | None, typer.Option(help="Similarity: column of degrees.")] = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="Judged tasks: train on this data set instead of DATA's own training part.")
+    ] = None,
+    trials: Annotated[
+        str | None, typer.Option(help="Verification: file of trials, a line 'first,second,0 or 1' each.")
+    ] = None,
+    p_target: Annotated[
+        float | None, typer.Option(help="Verification: prior of a same-source trial in minDCF (default: 0.01).")
+    ] = None,
+    query_prompt: Annotated[
+        str | None, typer.Option(help="Judged texts: put in front of queries, and of all texts that are no documents.")
+    ] = None,
+    document_prompt: Annotated[str | None, typer.Option(help="Retrieval: put in front of documents.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many items of each part.")] = None,
     on_error: Annotated[str, typer.Option(help="raise or skip items that cannot be read.")] = "raise",
 ) -> None:
@@ -87,7 +123,11 @@ def command(
 
       cenote probe --backbone hf:facebook/dinov2-small --data photos/ --layers 10,11,12 --budget 30
 
+      cenote probe --backbone hf:microsoft/wavlm-base-plus --data recordings/ --max-seconds 10
+
       cenote probe --backbone bert-base-uncased --data reviews.csv --readouts "mean,cls,ep,weighted_layers > mean"
+
+      cenote probe --backbone hf:my/encoder --task retrieval --data scifact/ --query-prompt "query: "
     """
     import os
 
@@ -101,21 +141,43 @@ def command(
 
     from cenote.probe.across import compare_across
     from cenote.probe.display import Terminal
+    from cenote.probe.open_set_table import print_open_set
     from cenote.probe.run import probe
     from cenote.probe.table import print_table
+    from cenote.types import JUDGED_TASKS
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     folder = resume or out
     sets = data or ["digits"]
-    columns = {"image_column": image_column, "text_column": text_column, "label_column": label_column, "limit": limit}
+    columns = {
+        "image_column": image_column,
+        "audio_column": audio_column,
+        "text_column": text_column,
+        "label_column": label_column,
+        "limit": limit,
+    }
     data_options = {"on_error": on_error, **{key: value for key, value in columns.items() if value is not None}}
+    judged = {
+        "first_column": first_column,
+        "second_column": second_column,
+        "score_column": score_column,
+        "train_on": train_on,
+        "trials": trials,
+        "query_prompt": query_prompt,
+        "document_prompt": document_prompt,
+        "p_target": p_target,
+    }
+    judged_options = _judged(judged, task, onnx)
+    if task in JUDGED_TASKS:
+        data_options |= {key: judged_options.pop(key) for key in list(judged_options) if key != "p_target"}
     backbone_options = {
         key: value
         for key, value in {
             "revision": revision,
             "bidirectional": bidirectional,
+            "max_seconds": max_seconds,
             "trust_remote_code": trust_remote_code,
         }.items()
         if value
@@ -132,6 +194,7 @@ def command(
                     layers=layers,
                     tokens=tokens if tokens == "auto" else [t.strip() for t in tokens.split(",")],
                     task=None if task == "auto" else task,
+                    open_set=open_set,
                     lrs=_numbers(lrs, "--lrs"),
                     query_factors=_numbers(query_factors, "--query-factors"),
                     seeds=seeds,
@@ -146,13 +209,18 @@ def command(
                     cache_dir=cache_dir,
                     dtype=dtypes[dtype],
                     device=device,
+                    engine=engine,
+                    ray_address=ray_address,
                     display=display,
                     backbone_options=backbone_options,
                     data_options=data_options,
+                    judged_options=judged_options,
                 )
             )
     for result in results:
         print_table(result)
+        if result.open_set is not None:
+            print_open_set(result.open_set)
         if onnx and result.folder is not None:
             _export(result.folder / "best", backbone, backbone_options)
     if len(results) > 1:
@@ -168,6 +236,20 @@ def _export(best: Path, backbone: str, backbone_options: dict[str, Any]) -> None
         Readout.from_pretrained(best), load_backbone(backbone, **backbone_options), best / "model.onnx"
     )
     typer.echo(f"{export.path}: differs from torch by at most {export.max_abs_difference:.2g}")
+
+
+def _judged(options: dict[str, Any], task: str, onnx: bool) -> dict[str, Any]:
+    """The options given of those that only judged tasks have."""
+    from cenote.types import JUDGED_TASKS
+
+    given = {key: value for key, value in options.items() if value is not None}
+    if task in JUDGED_TASKS:
+        if onnx:
+            raise ValueError(f"--onnx exports a readout with a head, which {task} has not")
+    elif given:
+        name = next(iter(given)).replace("_", "-")
+        raise ValueError(f"--{name} belongs to --task {', '.join(JUDGED_TASKS)}, not to --task {task}")
+    return given
 
 
 def _numbers(text: str | None, option: str) -> list[float] | None:

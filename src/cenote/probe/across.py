@@ -12,6 +12,7 @@ import pandas as pd
 from cenote.files import write_all
 from cenote.probe.result import ProbeResult
 from cenote.probe.signed_rank import comparison_table
+from cenote.report.critical_difference import critical_difference
 
 
 def score_table(results: Sequence[ProbeResult]) -> pd.DataFrame:
@@ -33,8 +34,8 @@ def score_table(results: Sequence[ProbeResult]) -> pd.DataFrame:
 
 
 def compare_across(results: Sequence[ProbeResult], folder: Path) -> pd.DataFrame:
-    """The best readout against every other over all data sets; writes ``across.csv`` (scores) and ``across_pairs.csv``
-    (all pairs).
+    """The best readout against every other over all data sets; writes ``across.csv`` (scores), ``across_pairs.csv``
+    (all pairs) and ``critical_difference.svg``.
 
     With fewer than six data sets no difference can reach 0.05; the ``note`` column says so.
     """
@@ -45,5 +46,6 @@ def compare_across(results: Sequence[ProbeResult], folder: Path) -> pd.DataFrame
         buffer = io.StringIO()
         frame.to_csv(buffer, index=name == "across.csv")
         contents[name] = buffer.getvalue()
+    contents["critical_difference.svg"] = critical_difference(scores)
     write_all(folder, contents)
     return pairs[pairs["first"] == scores.columns[0]].reset_index(drop=True)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cenote.probe.open_set_result import OpenSetResult
+
 SCHEMA_VERSION = 1
 
 
@@ -94,6 +96,7 @@ class ProbeResult:
         gallery_prefix: prefix tokens in front of the grid in ``Gallery.weights``.
         galleries: one an attentive readout, best first.
         notes: things a reader must know (skipped items, stopped early, ...).
+        open_set: how every readout treats items of no known class, where that was asked for.
     """
 
     rows: tuple[Row, ...]
@@ -107,6 +110,7 @@ class ProbeResult:
     galleries: tuple[Gallery, ...] = ()
     notes: tuple[str, ...] = field(default=())
     folder: Path | None = None
+    open_set: OpenSetResult | None = None
 
     @staticmethod
     def key(row: Row) -> str:

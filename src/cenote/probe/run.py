@@ -15,10 +15,14 @@ from cenote.backbones import load_backbone
 from cenote.backbones.base import Backbone
 from cenote.data import load_data
 from cenote.data.base import Data
+from cenote.data.judged import JudgedData
 from cenote.probe.display import Display, Quiet
+from cenote.probe.engine import Engine, connect
 from cenote.probe.extract import extract
 from cenote.probe.feed import Feed
 from cenote.probe.fits import fit_free
+from cenote.probe.open_set import Parts, judge
+from cenote.probe.open_set_data import OpenSet
 from cenote.probe.outcome import Outcome
 from cenote.probe.parallel import side_by_side
 from cenote.probe.plan import (
@@ -37,17 +41,18 @@ from cenote.probe.rows import assemble
 from cenote.probe.tasks import Objective, to_device_targets
 from cenote.probe.train import Group, Schedule, train_groups
 from cenote.probe.write import Folder
-from cenote.types import resolve_layers
+from cenote.types import JUDGED_TASKS, resolve_layers
 
 
 def probe(
     backbone: str | Backbone = "embedded",
-    data: str | Data = "digits",
+    data: str | Data | JudgedData = "digits",
     readouts: str | Sequence[str] = "all",
     *,
     layers: str | int | Sequence[int] = "last",
     tokens: str | Sequence[str] = "auto",
     task: str | None = None,
+    open_set: str | Sequence[Any] | Data | None = None,
     lrs: Sequence[float] | None = None,
     query_factors: Sequence[float] | None = None,
     seeds: int = 3,
@@ -65,9 +70,12 @@ def probe(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     memory: int = 2**30,
+    engine: str = "local",
+    ray_address: str | None = None,
     display: Display | None = None,
     backbone_options: dict[str, Any] | None = None,
     data_options: dict[str, Any] | None = None,
+    judged_options: dict[str, Any] | None = None,
 ) -> ProbeResult:
     """Compare readouts of a frozen backbone on a labelled data set.
 
@@ -82,7 +90,10 @@ def probe(
         layers: hidden states compared by one-layer readouts; ``"last"``, ``"all"``, ``"3,4"``. Readouts of several
             layers read these, or all blocks when only one is named.
         tokens: ``"auto"`` (patches for images, all tokens for text) or any of class, patches, both.
-        task: overrides the task inferred from the targets.
+        task: overrides the task inferred from the targets; ``"verification"``, ``"similarity"``, ``"retrieval"`` and
+            ``"clustering"`` go to :func:`cenote.probe.judged.probe_judged`, as judged data does.
+        open_set: classes to hold out (``"3,7"``, ``["cat", "dog"]``) or a second data set, whose items no class fits:
+            every readout with a linear head is also judged by how it rejects them, see :mod:`cenote.probe.open_set`.
         lrs, query_factors: learning rates and factors on the learned queries' rate, in place of each readout's own
             grid.
         seeds: initialisations a configuration; the batch order is shared.
@@ -99,24 +110,48 @@ def probe(
         dtype: of stored features.
         device: where readouts are trained.
         memory: bytes of features held in RAM for each part.
+        engine: ``"local"``, or ``"ray"``: extraction, fits and training on a Ray cluster, with the same numbers; see
+            :mod:`cenote.integrations.ray`.
+        judged_options: further keywords of :func:`cenote.probe.judged.probe_judged`.
+        ray_address: of the cluster; by default one is started on this machine where none is known.
 
     Raises:
         ValueError: unknown names (nearest suggested), a readout that the backbone cannot feed, a results folder that
             belongs to another configuration, features that are not finite (the item is named).
     """
+    if task in JUDGED_TASKS or isinstance(data, JudgedData):
+        from cenote.probe.judged import probe_judged
+
+        if open_set is not None or views or augment is not None or engine != "local":
+            raise ValueError("judged tasks know no open_set, views, augment or other engine than 'local'")
+        return probe_judged(
+            backbone, data, readouts, task=task, layers=layers, tokens=tokens, lrs=lrs, query_factors=query_factors,
+            seeds=seeds, epochs=epochs, batch_size=batch_size, optimizer=optimizer, weight_decay=weight_decay,
+            patience=patience, budget=budget, out=out, resume=resume, cache_dir=cache_dir, dtype=dtype, device=device,
+            memory=memory, display=display, backbone_options=backbone_options, data_options=data_options,
+            **(judged_options or {}),
+        )  # fmt: skip
+    if judged_options:
+        raise ValueError(f"judged_options belong to {', '.join(JUDGED_TASKS)}, not to task {task or 'auto'}")
     begin = time.monotonic()
     display = display or Quiet()
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     if views and augment is None:
         raise ValueError("views needs augment, a function from (item, seed) to another view of the item")
+    loading = {"device": device, **(backbone_options or {})}
+    source = (backbone, loading) if isinstance(backbone, str) else None
     if isinstance(backbone, str):
-        backbone = load_backbone(backbone, **{"device": device, **(backbone_options or {})})
+        backbone = load_backbone(backbone, **loading)
     if isinstance(data, str):
         options: dict[str, Any] = {**({"task": task} if task else {}), **(data_options or {})}
         data = load_data(data, **options)
     if backbone.modality != data.modality:
         raise ValueError(f"backbone {backbone.spec} takes {backbone.modality}s, but {data.name} holds {data.modality}s")
+    opened = None if open_set is None else OpenSet.of(open_set, data, data_options)
+    if opened is not None:
+        data = opened.known
+    cluster = connect(engine, ray_address, device, memory)
 
     wanted = resolve_layers(layers, backbone.num_layers)
     stored = stored_layers(readouts, wanted, backbone)
@@ -146,6 +181,7 @@ def probe(
         "patience": patience,
         "views": views,
         "dtype": str(dtype).removeprefix("torch."),
+        "open_set": None if opened is None else opened.settings,
     }
     folder = Folder(Path(out), settings, resume) if out is not None else None
 
@@ -155,6 +191,7 @@ def probe(
         *[("train", data.train, view) for view in range(1, views + 1)],
         ("validation", data.validation, 0),
         ("test", data.test, 0),
+        *[(part, split, 0) for part, split in (opened.parts if opened else ())],
     ]
     for part, split, view in jobs:
         display.stage(f"extract {part}" + (f" (view {view})" if view else ""), len(split))
@@ -167,7 +204,7 @@ def probe(
 
         stores[part, view] = extract(
             backbone, split, layers=stored, cache_dir=cache_dir, dtype=dtype, on_batch=progress, view=view,
-            augment=augment if view else None,
+            augment=augment if view else None, elsewhere=None if cluster is None else cluster.extraction(source),
         )  # fmt: skip
 
     first = stores["train", 0]
@@ -199,9 +236,9 @@ def probe(
     groups: list[Group] = []
     complete = False
     try:
-        outcomes += _fit_free(free, names, (train, validation, test), objective, host, display, stop)
+        outcomes += _fit_free(free, names, (train, validation, test), objective, host, display, stop, cluster)
         groups = [Group.create(c, host.dim, objective, schedule, uniform) for c in learned]
-        complete = _train(groups, turns, validation, schedule, folder, display, stop)
+        complete = _train(groups, turns, validation, schedule, folder, display, stop, cluster, deadline)
         if not complete and groups:
             notes.append("the time budget ended training early; unfinished readouts are marked partial")
     except KeyboardInterrupt:
@@ -213,6 +250,10 @@ def probe(
     if not outcomes:
         raise KeyboardInterrupt
     result = assemble(outcomes, data, test, objective, host, settings, notes, backbone)
+    if opened is not None:
+        display.say("judging every readout on unknown items")
+        unknowns = [feed(part, split) for part, split in opened.parts]
+        result = judge(result, outcomes, Parts(train, validation, test, *unknowns), uniform, opened.note)
     if folder is not None:
         result = folder.write(result, outcomes, backbone, host, objective)
     return result
@@ -249,10 +290,16 @@ def _train(
     folder: Folder | None,
     display: Display,
     stop: Callable[[], bool],
+    cluster: Engine | None,
+    deadline: float,
 ) -> bool:
     """Train all groups together; whether they ran their schedule."""
     if not groups:
         return True
+    checkpoint = None if folder is None else folder.checkpoint
+    if cluster is not None:
+        display.stage(f"train {len(groups)} readouts on the cluster", len(groups))
+        return cluster.train(groups, turns, validation, checkpoint, deadline, lambda group: display.advance(1))
     if folder is not None and folder.resuming:
         restored = sum(group.restore(folder.checkpoint) for group in groups)
         display.say(f"resuming: {restored} of {len(groups)} readouts restored")
@@ -265,9 +312,7 @@ def _train(
         top = max(active, key=lambda g: g.best_score.max())
         display.advance(1, f"best so far {top.best_score.max():.3f} {top.candidate.readout}")
 
-    return train_groups(
-        groups, turns, validation, schedule, folder=folder.checkpoint if folder else None, stop=stop, on_epoch=on_epoch
-    )
+    return train_groups(groups, turns, validation, schedule, folder=checkpoint, stop=stop, on_epoch=on_epoch)
 
 
 def _fit_free(
@@ -278,6 +323,7 @@ def _fit_free(
     host: Host,
     display: Display,
     stop: Callable[[], bool],
+    cluster: Engine | None,
 ) -> list[Outcome]:
     """Linear models for readouts without parameters, and the rows that are no poolings."""
     everything = len(names) == 1 and names[0] in GROUPS
@@ -288,7 +334,11 @@ def _fit_free(
     jobs: list[Candidate | str] = [*free, *extras]
     found = []
     with side_by_side(len(jobs)) as every:
-        for outcome in every(lambda job: None if stop() else fit_free(job, *feeds, objective, host), jobs):
+        if cluster is not None:
+            fits = cluster.fit_free(jobs, feeds, objective, host, stop)
+        else:
+            fits = every(lambda job: None if stop() else fit_free(job, *feeds, objective, host), jobs)
+        for outcome in fits:
             display.advance(1)
             if outcome is not None:
                 found.append(outcome)

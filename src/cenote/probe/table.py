@@ -39,7 +39,11 @@ def print_table(result: ProbeResult, console: Console | None = None) -> None:
             name, justify="left" if name in ("readout", "layers", "tokens") else "right", no_wrap=name == "readout"
         )
     for row, following in zip(result.rows, [*result.rows[1:], None], strict=True):
-        rate = "L-BFGS" if row.lr is None else f"{row.lr:g}" + (f" x{row.query_factor:g}" if row.query_factor else "")
+        rate = (
+            ("" if row.regularisation is None else "L-BFGS")
+            if row.lr is None
+            else f"{row.lr:g}" + (f" x{row.query_factor:g}" if row.query_factor else "")
+        )
         table.add_row(
             str(row.tie_group), row.readout + (" *" if row.status == "partial" else ""), row.layers, row.tokens,
             f"{row.score:.4f}", f"{row.ci_low:.4f} {row.ci_high:.4f}", f"{row.params:,}", _short(row.macs),

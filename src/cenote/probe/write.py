@@ -75,14 +75,23 @@ class Folder:
         write_whole(self.path / "predictions.npz", arrays.getvalue())
         write_report(result, self.path / "report.html")
         save_best(result, outcomes, backbone, host, objective, self.path / "best")
+        if result.open_set is not None:
+            result.open_set.save(self.path)
         return result
 
 
 def write_results(result: ProbeResult, folder: Path) -> None:
     """``results.json`` (a list of rows) and ``results.parquet``; undefined numbers are ``null``."""
     rows = [{"schema": SCHEMA_VERSION, **dataclasses.asdict(row)} for row in result.rows]
-    clean = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
+    clean = [{k: _defined(v) for k, v in row.items()} for row in rows]
     write_whole(folder / "results.json", json.dumps(clean, indent=2).encode())
     table = io.BytesIO()
     result.frame().to_parquet(table)
     write_whole(folder / "results.parquet", table.getvalue())
+
+
+def _defined(value: Any) -> Any:
+    """Numbers that JSON does not know as ``None``, within a row's further figures too."""
+    if isinstance(value, dict):
+        return {key: _defined(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

