@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -42,11 +42,11 @@ class GraphNetworkConfig:
         heads: attention heads of ``"gat"``.
     """
 
-    kind: Literal["gcn", "gin", "gat", "sage"]
+    kind: str
     in_dim: int
     hidden: int = 64
     layers: int = 5
-    norm: Literal["batch", "layer"] | None = None
+    norm: str | None = None
     act: str = "relu"
     dropout: float = 0.0
     heads: int = 1
@@ -193,8 +193,8 @@ def load_pyg(
         return PyGBackbone(load_network(path), f"pyg:{name}", device, dtype)
     kind, settings = _parse(name)
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(kind, KINDS, n=3)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"'pyg:{name}' is neither a folder nor one of {', '.join(KINDS)}{hint}")
     settings |= options
     seed = settings.pop("seed", 0)
@@ -213,7 +213,7 @@ def build_network(config: GraphNetworkConfig, seed: int = 0) -> GraphNetwork:
 def save_network(network: GraphNetwork, folder: str | os.PathLike[str]) -> None:
     """Write ``model.safetensors`` and ``config.json``."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_all(folder, {WEIGHTS: save(state), CONFIG: json.dumps(asdict(network.config), indent=2) + "\n"})
+    write_all(Path(folder), {WEIGHTS: save(state), CONFIG: json.dumps(asdict(network.config), indent=2) + "\n"})
 
 
 def load_network(folder: str | os.PathLike[str]) -> GraphNetwork:
@@ -266,8 +266,7 @@ def _config(settings: dict[str, Any], where: str) -> GraphNetworkConfig:
         raise ValueError(f"{where}: unknown setting {unknown[0]!r}; known are {', '.join(known)}")
     missing = [name for name in ("kind", "in_dim") if name not in settings]
     if missing:
-        raise ValueError(f"{where} needs {missing[0]}, the width of the node features" if missing == ["in_dim"] else
-                         f"{where} needs {', '.join(missing)}")  # fmt: skip
+        raise ValueError(f"{where} needs {' and '.join(missing)} (in_dim is the width of the node features)")
     return GraphNetworkConfig(**settings)
 
 
