@@ -67,9 +67,20 @@ class TestBootstrap:
             lambda p, t: float((p == t).mean()), (scores > 0.5).astype(int), np.ones(40), resamples=50
         )
         again = bootstrap_means((scores > 0.5).astype(float), resamples=50)
-        np.testing.assert_allclose(metric.draws, again.draws)
+        moved = again.estimate - again.draws.mean(axis=1)
+        np.testing.assert_allclose(metric.draws, again.draws + moved[:, None])
         np.testing.assert_allclose(metric.estimate, again.estimate)
         assert plain.draws.shape == (2, 50)
+
+    def test_a_score_that_likes_duplicates_keeps_its_estimate_inside_the_interval(self):
+        from sklearn.metrics import v_measure_score
+
+        labels = RNG(0).integers(0, 40, 200)
+        clusters = np.where(RNG(1).random(200) < 0.7, labels, RNG(2).integers(0, 40, 200))
+        score = lambda found, wanted: float(v_measure_score(wanted, found))  # noqa: E731
+        boot = bootstrap_metric(score, clusters[None, None], labels, resamples=200)
+        low, high = np.quantile(boot.draws[0], [0.025, 0.975])
+        assert low < boot.estimate[0] < high
 
     def test_chunks_do_not_matter_and_seeds_do(self, monkeypatch):
         scores = RNG(0).random((1, 3, 40))

@@ -75,7 +75,10 @@ def bootstrap_metric(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Bootstrap:
-    """Resample a score that is no mean over items (R^2, average precision).
+    """Resample a score that is no mean over items (correlation, error rate, V-measure).
+
+    A resample holds items twice, which some scores reward (V-measure by a percent or more), so the draws are moved to
+    have the estimate as their mean.
 
     Args:
         metric: ``metric(predictions (items, ...), targets (items, ...))``.
@@ -100,7 +103,8 @@ def bootstrap_metric(
                 draws[method, column] = sum(
                     w * metric(one[index], targets[index]) for w, one in zip(weights, array, strict=True) if w
                 )
-    return Bootstrap(np.array([np.mean([metric(one, targets) for one in a]) for a in arrays]), draws, items)
+    estimate = np.array([np.mean([metric(one, targets) for one in a]) for a in arrays])
+    return Bootstrap(estimate, draws + (estimate - draws.mean(axis=1))[:, None], items)
 
 
 def bootstrap_interval(
