@@ -111,7 +111,7 @@ def run(name: str, readouts: str, options: argparse.Namespace, folder: Path | No
     with Terminal() as display:
         return probe_judged(
             backbone(chosen.speech), str(DATA / chosen.file), readouts, task=chosen.task, seeds=options.seeds,
-            dtype=torch.float16, cache_dir=options.cache, display=display, out=folder,
+            lrs=options.lrs, dtype=torch.float16, cache_dir=options.cache, display=display, out=folder,
             resume=folder is not None and (folder / "settings.json").exists(), epochs=30 if chosen.speech else None,
             backbone_options={} if chosen.speech else {"max_length": MAX_TOKENS}, data_options=options_of_data,
         )  # fmt: skip
@@ -180,9 +180,16 @@ def page(name: str, result: ProbeResult) -> str:
             f"**Expected.** {SETS[name].expectation}", "",
             f"**Came out.** {outcome}", "",
             *table, "", *[f"Note: {note}." for note in result.notes], "",
-            f"Made by `python tools/judged_data.py {name}`.", "",
+            f"Made by `python tools/judged_data.py {name}{_given(name, settings)}`.", "",
         ]
     )  # fmt: skip
+
+
+def _given(name: str, settings: dict[str, Any]) -> str:
+    """The options that made a table other than the tool's own."""
+    given = "" if settings["seeds"] == 3 else f" --seeds {settings['seeds']}"
+    given += "" if settings["lrs"] is None else f" --lrs {' '.join(map(str, settings['lrs']))}"
+    return given + ("" if settings["readouts"] == SETS[name].readouts else f' --readouts "{settings["readouts"]}"')
 
 
 def _cell(value: object) -> str:
@@ -199,6 +206,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "real_data")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lrs", type=float, nargs="*", help="learning rates tried, in place of each readout's own")
+    parser.add_argument("--readouts", help="compared, in place of each table's own")
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(SETS))
     if unknown:
@@ -212,7 +221,7 @@ def main() -> None:
             print(f"{name}: {check(name, run(name, 'mean', options, None))}")
             continue
         folder = options.runs / name
-        result = run(name, SETS[name].readouts, options, folder)
+        result = run(name, options.readouts or SETS[name].readouts, options, folder)
         rows = json.loads((folder / "results.json").read_text())
         write_all(
             options.results, {f"{name}.json": json.dumps(rows, indent=2) + "\n", f"{name}.md": page(name, result)}
