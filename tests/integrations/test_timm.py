@@ -34,6 +34,30 @@ def test_the_mean_is_timms_own_average(name):
         torch.testing.assert_close(model(image), logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_050"])
+def test_a_layer_between_pooling_and_classifier_stays(name):
+    model, image = build(name), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits, classifier = model(image), model.get_classifier()
+        assert classifier.in_features != model.num_features
+        set_global_pool(model, "mean")
+        assert model.get_classifier() is classifier
+        torch.testing.assert_close(model(image), logits, rtol=1e-5, atol=1e-5)
+        assert set_global_pool(model, "simpool", num_classes=3)(image).shape == (2, 3)
+    with pytest.raises(ValueError, match="keep"):
+        set_global_pool(model, "attentive_statistics")
+
+
+def test_the_grid_of_a_hierarchical_network_is_that_of_its_last_map():
+    small = {"embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64}
+    swin = set_global_pool(build("swin_tiny_patch4_window7_224", **small), "cbam")
+    assert swin(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    resnet = set_global_pool(build("test_resnet"), "spp", grid=(3, 5))
+    assert resnet(torch.randn(2, 3, 96, 160)).shape == (2, 5)
+    vit = build("test_vit", img_size=(96, 160))
+    assert set_global_pool(vit, "spp", grid=vit.patch_embed.grid_size)(torch.randn(2, 3, 96, 160)).shape == (2, 5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_readout_and_classifier_train_in_place(name):
     model = set_global_pool(build(name), "efficient_probing(num_queries=4)", num_classes=7).train()

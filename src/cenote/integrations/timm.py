@@ -52,8 +52,9 @@ def set_global_pool(
 
     Vision transformers get it as ``attn_pool``, convolutional and hierarchical networks as ``global_pool`` (of the
     model or of its head): timm's own places, so that ``forward_features``, ``forward_head(x, pre_logits=True)``,
-    ``get_classifier``, training scripts and checkpoints work as ever. A classifier (and a norm in front of it) whose
-    width no longer fits is replaced by a fresh one.
+    ``get_classifier``, training scripts and checkpoints work as ever. Only ``reset_classifier`` does not know of the
+    pooling: call this again with ``num_classes`` instead. A classifier (and a norm in front of it) whose width no
+    longer fits is replaced by a fresh one.
 
     Args:
         model: from ``timm.create_model``.
@@ -69,8 +70,9 @@ def set_global_pool(
     if not isinstance(width, int) or not hasattr(model, "get_classifier"):
         raise ValueError(f"expected a network of timm, got {type(model).__name__}")
     if isinstance(readout, str):
-        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-        pooling = create_pooling(readout, dim=width, **({"grid": tuple(grid)} if grid else {}), **options)
+        # Of a hierarchical network this is the grid of its first stage, not of the map that is pooled.
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) if hasattr(model, "attn_pool") else None
+        pooling = create_pooling(readout, dim=width, **{**({"grid": tuple(grid)} if grid else {}), **options})
     else:
         pooling = readout
     if pooling.layers != "last":
@@ -79,13 +81,15 @@ def set_global_pool(
         raise ValueError(f"{type(model).__name__} has width {width}, but the pooling was built for {pooling.dim}")
     device = next(model.parameters()).device
     classes = getattr(model, "num_classes", 0) if num_classes is None else num_classes
+    read = pooling.out_dim
     if hasattr(model, "attn_pool") and hasattr(model, "pool"):
         _into_transformer(model, pooling, prefix)
     elif prefix:
         raise ValueError(f"{type(model).__name__} has no prefix tokens")
-    else:
-        _into_map_head(model, pooling)
-    _fit_classifier(model, pooling.out_dim, classes)
+    elif not _into_map_head(model, pooling):
+        # Between pooling and classifier there may be a layer that widens, as in MobileNetV3.
+        read = getattr(model, "head_hidden_size", None) or read
+    _fit_classifier(model, read, classes)
     return model.to(device)
 
 
@@ -100,7 +104,8 @@ def _into_transformer(model: Any, pooling: Pooling, prefix: bool) -> None:
         model.fc_norm = type(norm)(pooling.out_dim, eps=norm.eps)
 
 
-def _into_map_head(model: Any, pooling: Pooling) -> None:
+def _into_map_head(model: Any, pooling: Pooling) -> bool:
+    """Whether the classifier follows at once."""
     places: list[Any] = [
         part for part in (model, getattr(model, "head", None)) if isinstance(_old_pool(part), nn.Module)
     ]
@@ -117,6 +122,7 @@ def _into_map_head(model: Any, pooling: Pooling) -> None:
     if not flat and pooling.out_dim != pooling.dim:
         raise ValueError(f"the head of {type(model).__name__} goes on with a map of the old width: keep {pooling.dim}")
     owner.global_pool = MapPool(pooling, flat, input_fmt)
+    return flat
 
 
 def _old_pool(part: Any) -> Any:
