@@ -22,7 +22,9 @@ from cenote.data.base import Items
 from cenote.files import write_all
 from cenote.pooling import create_pooling
 from cenote.pooling.base import Pooling
-from cenote.probe.readout import CONFIG, ENCODER_POOLER, WEIGHTS, _locate
+from cenote.probe.card import embedding_card
+from cenote.probe.hub import Pushable, locate
+from cenote.probe.readout import CARD, CONFIG, ENCODER_POOLER, WEIGHTS
 from cenote.types import Features, Grid, JudgedTask, TokenChoice
 
 FORMAT = 1
@@ -97,7 +99,7 @@ class EmbeddingConfig:
         )
 
 
-class EmbeddingReadout(nn.Module):
+class EmbeddingReadout(nn.Module, Pushable):
     """Unit vectors ``normalise(standardise(pool(features)))``; their inner products are the cosines that were judged.
 
     Always in eval mode and frozen when built.
@@ -177,10 +179,10 @@ class EmbeddingReadout(nn.Module):
             )
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write ``model.safetensors`` and ``config.json`` into ``folder``, both or none."""
+        """Write ``model.safetensors``, a card ``README.md`` and ``config.json`` into ``folder``, all or none."""
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
         weights = save_tensors(state, metadata={"format": "pt"})
-        write_all(folder, {WEIGHTS: weights, CONFIG: self.config.to_json()})
+        write_all(folder, {WEIGHTS: weights, CARD: embedding_card(self.config), CONFIG: self.config.to_json()})
         return Path(folder)
 
     @classmethod
@@ -190,7 +192,7 @@ class EmbeddingReadout(nn.Module):
         Raises:
             ValueError: neither, or damaged or foreign files.
         """
-        config_path, weights_path = _locate(source, revision)
+        config_path, weights_path = locate(source, (CONFIG, WEIGHTS), revision)
         readout = cls(EmbeddingConfig.from_json(config_path.read_text()))
         try:
             readout.load_state_dict(load_tensors(weights_path.read_bytes()))

@@ -67,6 +67,8 @@ class OpenSet:
 
 def _held_out(spec: str | Sequence[Any], data: Data) -> list[int] | None:
     """Class numbers that ``spec`` names, in its order; ``None`` if it must be a data set."""
+    if isinstance(spec, str) and not spec.strip():
+        raise ValueError("open_set names nothing: give classes to hold out (3,7) or a second data set")
     given = spec.split(",") if isinstance(spec, str) else spec
     names = [str(name).strip() for name in given]
     number = {name: index for index, name in enumerate(data.classes)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from cenote.files import write_all
 from cenote.pooling import create_pooling
 from cenote.pooling.base import Pooling
 from cenote.probe.card import model_card
+from cenote.probe.hub import Pushable, locate
 from cenote.types import Features, Grid, Task, TokenChoice
 
 FORMAT = 1
@@ -114,7 +114,7 @@ class ReadoutConfig:
         )
 
 
-class Readout(nn.Module):
+class Readout(nn.Module, Pushable):
     """Pooling, normalisation, linear head: ``scores = W norm(pool(features)) + b``.
 
     ``norm`` is a batch norm without affine part. In eval mode it is ``(v - mean) / sqrt(var + eps)``, so the same
@@ -237,7 +237,7 @@ class Readout(nn.Module):
         Raises:
             ValueError: neither a folder with a readout nor a repository; damaged or foreign files.
         """
-        config_path, weights_path = _locate(source, revision)
+        config_path, weights_path = locate(source, (CONFIG, WEIGHTS), revision)
         config = ReadoutConfig.from_json(config_path.read_text())
         readout = cls(config)
         try:
@@ -247,44 +247,3 @@ class Readout(nn.Module):
                 f"{weights_path} does not hold the weights that its config.json describes: {error}"
             ) from None
         return readout
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Add readout",
-    ) -> str:
-        """Upload what :meth:`save_pretrained` writes as one commit, into a new repository if need be; its address."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-        return str(address)
-
-
-def _locate(source: str | Path, revision: str | None) -> tuple[Path, Path]:
-    """Paths of the configuration and the weights, downloaded where ``source`` is a repository."""
-    folder = Path(source)
-    if folder.is_dir():
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} holds no readout: {name} is missing")
-        return folder / CONFIG, folder / WEIGHTS
-    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
-        raise ValueError(
-            f"no readout at {source}: give a folder written by save_pretrained, or a hub id such as user/name"
-        )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        config, weights = (Path(hf_hub_download(str(source), name, revision=revision)) for name in (CONFIG, WEIGHTS))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{source} is not a folder, and no readout could be had from the hub: {reason}") from None
-    return config, weights
