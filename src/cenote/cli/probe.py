@@ -7,16 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
+# What an option is about: the panels of --help.
+TRAINING, BACKBONE, DATA, JUDGED, MACHINE = "Training", "Backbone", "Data", "Judged tasks", "Where it runs"
+
 
 def command(
     backbone: Annotated[
-        str, typer.Option(help="embedded, hf:<id or folder>, timm:<name>, or a hub id such as bert-base-uncased.")
+        str,
+        typer.Option(
+            help="embedded, hf:<id or folder>, timm:<name>, pyg:<folder>, kwt:<folder>, or a hub id (bert-base-uncased)."
+        ),
     ] = "embedded",
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="digits, a folder of images or sounds, a csv/tsv/parquet/json file, or a datasets id; repeat it to "
-            "compare across data sets."
+            help="digits, a folder of images or sounds, a csv/tsv/parquet/json file, an .npz of images or graphs, "
+            "tu:<name>, or a datasets id; repeat it to compare across data sets."
         ),
     ] = None,
     readouts: Annotated[
@@ -42,20 +48,25 @@ def command(
         typer.Option(help="Judge readouts on unknown items too: classes held out (3,7), or a second data set."),
     ] = None,
     lrs: Annotated[
-        str | None, typer.Option(help="Learning rates in place of each readout's own grid: 0.001,0.01.")
+        str | None,
+        typer.Option(help="Learning rates in place of each readout's own grid: 0.001,0.01.", rich_help_panel=TRAINING),
     ] = None,
     query_factors: Annotated[
-        str | None, typer.Option(help="Factors on the learned queries' learning rate: 1,10.")
+        str | None, typer.Option(help="Factors on the learned queries' learning rate: 1,10.", rich_help_panel=TRAINING)
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Initialisations a configuration.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Initialisations a configuration.", rich_help_panel=TRAINING)] = 3,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the training part (default: about 500 steps).")
+        int | None,
+        typer.Option(min=1, help="Passes over the training part (default: about 500 steps).", rich_help_panel=TRAINING),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2, help="Items a step.")] = None,
-    optimizer: Annotated[str, typer.Option(help="adamw, sgd or lars.")] = "adamw",
-    weight_decay: Annotated[float, typer.Option(min=0, help="Decay of weight matrices.")] = 0.0,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Items a step.", rich_help_panel=TRAINING)] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd or lars.", rich_help_panel=TRAINING)] = "adamw",
+    weight_decay: Annotated[
+        float, typer.Option(min=0, help="Decay of weight matrices.", rich_help_panel=TRAINING)
+    ] = 0.0,
     patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop a readout after so many epochs without improvement.")
+        int | None,
+        typer.Option(min=1, help="Stop a readout after so many epochs without improvement.", rich_help_panel=TRAINING),
     ] = None,
     budget: Annotated[
         float | None,
@@ -71,46 +82,89 @@ def command(
         bool, typer.Option("--onnx", help="Also write best/model.onnx (backbone and readout), checked against torch.")
     ] = False,
     cache_dir: Annotated[
-        str | None, typer.Option(help="Where features are kept (default: CENOTE_CACHE or ~/.cache/cenote).")
+        str | None,
+        typer.Option(
+            help="Where features are kept (default: CENOTE_CACHE or ~/.cache/cenote).", rich_help_panel=MACHINE
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of stored features: float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Of stored features: float32, float16 or bfloat16.", rich_help_panel=MACHINE)
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...", rich_help_panel=MACHINE)] = "cpu",
     engine: Annotated[
-        str, typer.Option(help="local, or ray: extraction and training on a Ray cluster (extra: distributed).")
+        str,
+        typer.Option(
+            help="local, or ray: extraction and training on a Ray cluster (extra: distributed).",
+            rich_help_panel=MACHINE,
+        ),
     ] = "local",
     ray_address: Annotated[
-        str | None, typer.Option(help="Of the Ray cluster: host:6379 or auto (default: start one on this machine).")
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster: host:6379 or auto (default: start one on this machine).", rich_help_panel=MACHINE
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub backbone.")] = None,
-    bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Drop a decoder's causal mask.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub backbone.", rich_help_panel=BACKBONE)
+    ] = None,
+    bidirectional: Annotated[
+        bool, typer.Option("--bidirectional", help="Drop a decoder's causal mask.", rich_help_panel=BACKBONE)
+    ] = False,
     max_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Read at most so many seconds of a sound (default: all of it).")
+        float | None,
+        typer.Option(
+            min=0, help="Read at most so many seconds of a sound (default: all of it).", rich_help_panel=BACKBONE
+        ),
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that a hub repository brings.")
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that a hub repository brings.", rich_help_panel=BACKBONE),
     ] = False,
-    image_column: Annotated[str | None, typer.Option(help="Column of images in a table.")] = None,
-    audio_column: Annotated[str | None, typer.Option(help="Column of sounds in a table.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of texts in a table.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels in a table.")] = None,
-    first_column: Annotated[str | None, typer.Option(help="Similarity: column of first texts.")] = None,
-    second_column: Annotated[str | None, typer.Option(help="Similarity: column of second texts.")] = None,
-    score_column: Annotated[str | None, typer.Option(help="Similarity: column of degrees.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of images in a table.", rich_help_panel=DATA)] = None,
+    audio_column: Annotated[str | None, typer.Option(help="Column of sounds in a table.", rich_help_panel=DATA)] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of texts in a table.", rich_help_panel=DATA)] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels in a table.", rich_help_panel=DATA)] = None,
+    first_column: Annotated[
+        str | None, typer.Option(help="Similarity: column of first texts.", rich_help_panel=JUDGED)
+    ] = None,
+    second_column: Annotated[
+        str | None, typer.Option(help="Similarity: column of second texts.", rich_help_panel=JUDGED)
+    ] = None,
+    score_column: Annotated[
+        str | None, typer.Option(help="Similarity: column of degrees.", rich_help_panel=JUDGED)
+    ] = None,
     train_on: Annotated[
-        str | None, typer.Option(help="Judged tasks: train on this data set instead of DATA's own training part.")
+        str | None,
+        typer.Option(
+            help="Judged tasks: train on this data set instead of DATA's own training part.", rich_help_panel=JUDGED
+        ),
     ] = None,
     trials: Annotated[
-        str | None, typer.Option(help="Verification: file of trials, a line 'first,second,0 or 1' each.")
+        str | None,
+        typer.Option(help="Verification: file of trials, a line 'first,second,0 or 1' each.", rich_help_panel=JUDGED),
     ] = None,
     p_target: Annotated[
-        float | None, typer.Option(help="Verification: prior of a same-source trial in minDCF (default: 0.01).")
+        float | None,
+        typer.Option(
+            help="Verification: prior of a same-source trial in minDCF (default: 0.01).", rich_help_panel=JUDGED
+        ),
     ] = None,
     query_prompt: Annotated[
-        str | None, typer.Option(help="Judged texts: put in front of queries, and of all texts that are no documents.")
+        str | None,
+        typer.Option(
+            help="Judged texts: put in front of queries, and of all texts that are no documents.",
+            rich_help_panel=JUDGED,
+        ),
     ] = None,
-    document_prompt: Annotated[str | None, typer.Option(help="Retrieval: put in front of documents.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many items of each part.")] = None,
-    on_error: Annotated[str, typer.Option(help="raise or skip items that cannot be read.")] = "raise",
+    document_prompt: Annotated[
+        str | None, typer.Option(help="Retrieval: put in front of documents.", rich_help_panel=JUDGED)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many items of each part.", rich_help_panel=DATA)
+    ] = None,
+    on_error: Annotated[
+        str, typer.Option(help="raise or skip items that cannot be read.", rich_help_panel=DATA)
+    ] = "raise",
 ) -> None:
     """Compare every readout on a frozen backbone and keep the best.
 
