@@ -125,12 +125,16 @@ def test_empty_graphs_are_skipped(tmp_path):
         (lambda a: a.update(edge_ptr=a["edge_ptr"][::-1]), ValueError, "edge_ptr of .* must rise"),
         (lambda a: a.update(y=a["y"][:-1]), ValueError, "holds 40 graphs"),
         (lambda a: a.update(x=np.ones((len(a["node_tag"]), 2), dtype=int)), TypeError, "features of type int64"),
+        (lambda a: a.update(node_tag=a["node_tag"] + 0.5), TypeError, "node_tag of .* whole numbers, got float64"),
+        (lambda a: a.update(fold=a["fold"][:3]), ValueError, r"a fold for each of 40 graphs, got \(3,\)"),
+        (lambda a: a.update(fold=a["fold"] + 5), ValueError, r"fold 2 of .* holds no graph"),
+        (lambda a: a.update(fold=a["fold"] % 3), ValueError, r"fold 3 of .* holds no graph"),
     ],
 )
 def test_bad_archives(tmp_path, change, error, message):
     archive(tmp_path / "bad.npz", change)
     with pytest.raises(error, match=message):
-        load_data(tmp_path / "bad.npz")
+        load_data(tmp_path / "bad.npz", fold=2)
 
 
 def test_tu_sets_come_through_pyg(tmp_path, monkeypatch):

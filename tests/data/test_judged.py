@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from cenote.data.judged_load import load_judged
+from cenote.data.judged_trials import all_trials, cross_trials
 from data.tables import encoded, image_folder
 
 FOLDER = Path(os.environ.get("CENOTE_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -72,9 +73,9 @@ class TestSimilarity:
         assert len(data.test.value) == 6
 
     def test_a_validation_part_is_held_out_where_there_is_none(self, tmp_path):
-        path = pairs_table(tmp_path, split=["train"] * 5 + ["test"])
+        path = pairs_table(tmp_path, split=["train"] * 4 + ["test"] * 2)
         first, again = (load_judged(path, "similarity", seed=1) for _ in range(2))
-        assert (len(first.train.value), len(first.validation.value)) == (4, 1)
+        assert (len(first.train.value), len(first.validation.value)) == (3, 1)
         assert first.validation.first.tolist() == again.validation.first.tolist()
 
     def test_training_on_another_table(self, tmp_path):
@@ -103,6 +104,8 @@ class TestSimilarity:
             load_judged(pairs_table(tmp_path, split=["holdout"] * 6), "similarity")
         with pytest.raises(ValueError, match="no test part"):
             load_judged(pairs_table(tmp_path, split=["train"] * 6), "similarity")
+        with pytest.raises(ValueError, match=r"all 2 test pairs of .* have the score 2: nothing to rank"):
+            load_judged(pairs_table(tmp_path, score=[5, 4, 3, 2, 2, 2]), "similarity")
         with pytest.raises(ValueError, match=r"no column 'sentence'.*did you mean"):
             load_judged(pairs_table(tmp_path), "similarity", first_column="sentence")
         with pytest.raises(ValueError, match="there is no file or folder"):
@@ -230,6 +233,62 @@ class TestVerification:
         (tmp_path / "bad.csv").write_text("a,b,c\nann/0.png,ann/1.png,2\n")
         with pytest.raises(ValueError, match=r"line 2 .*label 0 or 1"):
             load_judged(faces, "verification", trials=tmp_path / "bad.csv")
+
+    def test_trials_of_one_kind_only(self, tmp_path):
+        faces = image_folder(tmp_path / "faces", {"ann": 3, "bob": 2})
+        (tmp_path / "same.csv").write_text("ann/0.png,ann/1.png,1\nann/0.png,ann/2.png,1\n")
+        with pytest.raises(ValueError, match=r"same.csv needs trials of both kinds, but all 2 have the label 1"):
+            load_judged(faces, "verification", trials=tmp_path / "same.csv")
+
+    def test_trials_of_items_left_out(self, tmp_path):
+        faces = image_folder(tmp_path / "faces", {"ann": 3, "bob": 3})
+        next(faces.rglob("ann/1.png")).write_bytes(b"no image")
+        lines = ["ann/0.png,ann/1.png,1", "ann/0.png,ann/2.png,1", "ann/0.png,bob/0.png,0", "bob/1.png,ann/1.png,0"]
+        (tmp_path / "trials.csv").write_text("\n".join(lines))
+        data = load_judged(faces, "verification", trials=tmp_path / "trials.csv", on_error="skip")
+        assert data.test.value.tolist() == [1.0, 0.0]
+        assert len(data) == 5
+        assert data.skipped[0].id.endswith("ann/1.png")
+        assert data.skipped[1].id == f"2 trials of {tmp_path / 'trials.csv'}"
+        # An item that a limit leaves out is no mistake in the file either.
+        names = [f"{who}/{number}.png" for who in ("ann", "bob") for number in (0, 2)]
+        lines = [f"{a},{b},{int(a[:3] == b[:3])}" for a in names for b in names if a < b]
+        (tmp_path / "trials.csv").write_text("\n".join(lines))
+        data = load_judged(faces, "verification", trials=tmp_path / "trials.csv", on_error="skip", limit=5)
+        assert len(data) == 5 - len(data.skipped)
+        assert len(data.test.value) == 3
+
+    @pytest.mark.parametrize("crossed", [False, True])
+    def test_pairs_are_drawn_alike_without_listing_them(self, crossed, monkeypatch):
+        generator = np.random.default_rng(0)
+        items, label = generator.permutation(90)[:70], generator.integers(0, 6, 90)
+        enrolled, tested = items[:20], items[20:]
+
+        def trials(most):
+            return cross_trials(enrolled, tested, label, most, 0) if crossed else all_trials(items, label, most, 0)
+
+        listed = {frozenset((a, b)) for a, b in zip(trials(10**6).first, trials(10**6).second, strict=True)}
+        monkeypatch.setattr("cenote.data.judged_trials.DENSE", 10)
+        every, some = trials(10**6), trials(200)
+        assert {frozenset((a, b)) for a, b in zip(every.first, every.second, strict=True)} == listed
+        assert len(every.value) == len(listed)
+        assert (len(some.value), some.value.sum()) == (200, 100)
+        assert len({frozenset((a, b)) for a, b in zip(some.first, some.second, strict=True)} & listed) == 200
+        for found in (every, some):
+            np.testing.assert_array_equal(label[found.first] == label[found.second], found.value == 1)
+        if crossed:
+            assert set(some.first) <= set(enrolled)
+
+    def test_a_large_set_takes_memory_for_the_pairs_kept_only(self):
+        items = np.arange(200_000)
+        found = all_trials(items, items // 50, 1000, 0)  # 2e10 pairs
+        assert (len(found.value), found.value.sum()) == (1000, 500)
+        assert (found.first != found.second).all()
+
+    def test_trained_on_what_is_judged(self, tmp_path):
+        faces = image_folder(tmp_path / "faces", {"ann": 3, "bob": 3})
+        with pytest.raises(ValueError, match="train_on names the data that is judged"):
+            load_judged(faces, "verification", train_on=str(faces) + "/")
 
     def test_unreadable_items(self, tmp_path):
         rows = [{"image": encoded(i), "label": i % 2} for i in range(6)] + [{"image": b"no image", "label": 1}]

@@ -131,6 +131,9 @@ def test_inside_models_and_layers():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learned.parameters())
     learned.reset_parameters()
     assert any(not torch.equal(p, before[name]) for name, p in learned.named_parameters() if "aggr" in name)
+    # Nothing to aggregate: every node is an empty set.
+    assert torch.equal(ours(x, edges[:, :0]), theirs(x, edges[:, :0]))
+    assert PoolingAggregation("gem", dim=DIM)(x.new_zeros(2, 0, DIM), batch[:0], dim_size=3).shape == (2, 3, DIM)
     network, readout = GCN(DIM, 8, 2), PoolingAggregation("gem", dim=8)
     vectors = readout(network(x, edges), batch, dim_size=7)
     assert vectors.shape == (7, 8)
@@ -143,6 +146,8 @@ def test_inside_models_and_layers():
         (lambda: PoolingAggregation("histograph", dim=8), "use HistoryAggregation"),
         (lambda: HistoryAggregation("mean", dim=8), "use PoolingAggregation"),
         (lambda: PoolingAggregation("mean"), "needs dim"),
+        (lambda: PoolingAggregation("dolg", dim=8), "dolg reads a grid"),
+        (lambda: HistoryAggregation("mean_layers > dolg", dim=8, num_layers=2), "dolg reads a grid"),
         (lambda: PoolingAggregation(create_pooling("mean", dim=8), dim=9), "already built"),
         (lambda: PoolingAggregation("meen", dim=8), "did you mean"),
         (lambda: PoolingAggregation("mean", dim=8)(torch.zeros(4, 8), torch.zeros(4).long(), dim=-1), "channels"),

@@ -29,6 +29,7 @@ pytest.importorskip("ray.data", reason="needs the extra 'distributed'")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from cenote.integrations import ray as engine  # noqa: E402
 from cenote.integrations.ray import RayEngine  # noqa: E402
 from integrations.ray_helpers import Trap, TrappedItems, TrappedObjective, UselessObjective  # noqa: E402
 
@@ -113,6 +114,15 @@ def test_shards_are_those_of_a_local_run_and_either_goes_on_from_the_other(clust
     (Path(store.path) / "shard-00002.safetensors").write_bytes(b"short")
     fill(tmp_path / "ray", elsewhere=engine.extraction())
     assert contents(store.path) == contents(local.path)
+
+
+def test_a_process_loads_its_backbone_once_for_all_parts(monkeypatch):
+    loaded, backbone = [], load_backbone("embedded")
+    monkeypatch.setattr(engine, "_BACKBONES", {})
+    monkeypatch.setattr(engine, "load_backbone", lambda *a, **k: loaded.append(a) or backbone)
+    for source in (("embedded", {}), ("embedded", {}), ("embedded", {"device": "cpu"})):
+        assert engine._backbone(source, backbone.fingerprint()) is backbone
+    assert len(loaded) == 2
 
 
 def test_workers_write_to_an_object_store(cluster, tmp_path, monkeypatch):

@@ -150,6 +150,10 @@ def test_empty_graphs_need_a_size_and_give_zeros():
     assert not read.floored[[2, 6, 7]].any()
     close(read.graph[[0, 1, 3, 4, 5]], pool.read_graphs(history, batch).graph)
     assert pool.read_graphs(history[:0], batch[:0], size=2).graph.tolist() == [[0.0] * 8] * 2
+    layers = [history[:0, layer] for layer in range(history.shape[1])]
+    assert pool.read_graphs(layers, batch[:0], size=2).graph.tolist() == [[0.0] * 8] * 2
+    with pytest.raises(ValueError, match="list of"):
+        pool.read_graphs([], batch[:0], size=2)
 
 
 def test_widths_that_differ_have_a_projection_each():
@@ -198,6 +202,22 @@ def nan_in(layer):
 def test_bad_histories(history, error, message):
     with pytest.raises(error, match=message):
         HistoGraph(8, num_layers=3)(history)
+
+
+def test_a_bad_node_is_named_by_its_graph():
+    history = torch.zeros(6, 3, 8)
+    history[4, 1, 0] = float("inf")
+    with pytest.raises(ValueError, match="layer 1, graph 2, node 1"):
+        HistoGraph(8).read_graphs(history, torch.tensor([0, 2, 1, 1, 2, 0]))
+    with pytest.raises(ValueError, match="some layers, got 0"):
+        HistoGraph(8)(torch.zeros(2, 0, 4, 8))
+
+
+def test_batch_index_of_any_whole_type():
+    pool = build()
+    history, batch, _, _ = graphs()
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(pool.read_graphs(history, batch.to(dtype)).graph, pool.read_graphs(history, batch).graph)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,13 @@ def test_the_callers_weights_stay_as_they_are():
     assert all(torch.equal(state[name], before[name]) for name in state)
 
 
+def test_settings_of_the_other_network_are_passed_over():
+    LTDNN.from_reference(official_state("ecapa"), net="ecapa", n_blocks=5, depth=7)
+    LTDNN.from_reference(official_state("d3net"), net="d3net", res2_scale=5)
+    with pytest.raises(ValueError, match="n_blocks=5 contradicts the weights"):
+        LTDNN.from_reference(official_state("d3net"), n_blocks=5)
+
+
 def test_checkpoints_that_do_not_fit_are_refused():
     state = official_state("ecapa")
     with pytest.raises(ValueError, match=r"n_layers=13 contradicts the weights, which have 4"):

@@ -97,6 +97,7 @@ def test_what_is_no_open_set_is_refused(digits, tmp_path):
     refused("3,17", "open_set names '17', not classes of digits")
     refused(["cat"], "'cat', not classes")
     refused([], "nothing")
+    refused(" ", "names nothing")  # and not the folder at hand
     refused("0,1,2,3,4,5,6,7,8", r"leaves 1 known class\(es\)")
     refused("no/such/folder", "neither classes of digits .* nor a data set")
     refused(digits, "is the data set itself")

@@ -163,6 +163,9 @@ def test_interrupted_in_an_epoch_it_goes_on_to_the_same_numbers(parts, tmp_path,
     assert "optimizer.head.weight.exp_avg" in load_file(tmp_path / "checkpoint.safetensors")
     with pytest.raises(ValueError, match="another configuration"):
         fit(parts, folder=tmp_path, weight_decay=0.1)
+    store, targets = parts[0]
+    with pytest.raises(ValueError, match="another configuration"):
+        fit([(store, targets.roll(1)), parts[1]], folder=tmp_path)
 
 
 def test_what_cannot_be_trained_is_refused(parts):

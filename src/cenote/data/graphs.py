@@ -81,8 +81,8 @@ def graph_source(path: Path, fold: int | None = None) -> Source:
         fold: the test part is this fold and the validation part the next of ten; without it the set is undivided.
 
     Raises:
-        TypeError: node features that are not floating-point.
-        ValueError: missing arrays, or arrays that do not fit each other; a fold outside of 0 to 9.
+        TypeError: node features that are not floating-point, node classes or folds that are not whole numbers.
+        ValueError: missing arrays, or arrays that do not fit each other; a fold outside of 0 to 9, or without graphs.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -106,6 +106,9 @@ def graph_source(path: Path, fold: int | None = None) -> Source:
             f"{path} holds {graphs} graphs: expected edge_index (2, edges), edge_ptr ({graphs + 1},) and y ({graphs},),"
             f" got {edges.shape}, {edge_ptr.shape} and {arrays['y'].shape}"
         )
+    for name in ("node_tag", "fold"):
+        if name in arrays and not np.issubdtype(arrays[name].dtype, np.integer):
+            raise TypeError(f"{name} of {path} must hold whole numbers, got {arrays[name].dtype}")
     if "x" in arrays:
         features = _floats(arrays["x"], str(path))
     else:
@@ -156,7 +159,9 @@ def one_hot(tags: np.ndarray, targets: np.ndarray, nodes: int) -> np.ndarray:
         raise ValueError(f"node classes count from 0, got {tags.min()}")
     if not nodes or tags.max() == 0:
         tags = np.minimum(np.bincount(targets, minlength=nodes), MAX_DEGREE)
-    return np.eye(int(tags.max(initial=0)) + 1, dtype=np.float32)[tags]
+    features = np.zeros((len(tags), int(tags.max(initial=0)) + 1), dtype=np.float32)
+    features[np.arange(len(tags)), tags] = 1
+    return features
 
 
 def stratified_folds(labels: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -178,6 +183,11 @@ def _source(
         if not 0 <= fold < FOLDS:
             raise ValueError(f"fold must lie in 0..{FOLDS - 1}, got {fold}")
         folds = stratified_folds(labels) if folds is None else folds
+        if folds.shape != labels.shape:
+            raise ValueError(f"fold of {name} must hold a fold for each of {len(labels)} graphs, got {folds.shape}")
+        for needed in (fold, (fold + 1) % FOLDS):
+            if needed not in folds:
+                raise ValueError(f"fold {needed} of {name} holds no graph: expected folds 0 to {FOLDS - 1}")
         # With a fixed number of folds an item is tested once and validated on once.
         parts = ["test" if f == fold else "validation" if f == (fold + 1) % FOLDS else "train" for f in folds]
     return Source(

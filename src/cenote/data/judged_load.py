@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from cenote.data.base import Skipped
 from cenote.data.judged import JudgedData, Judgement, Pairs
 from cenote.data.judged_labels import (
     ItemPool,
@@ -77,11 +78,11 @@ def load_judged(
         seed: of everything drawn.
         on_error: an item that cannot be used is an error that names it (``"raise"``), or left out and listed in
             :attr:`~cenote.data.judged.JudgedData.skipped` (``"skip"``).
-        limit: at most so many pairs, queries or items a part.
+        limit: at most so many pairs, queries or items a part; of a file of trials those between the items that remain.
 
     Raises:
-        ValueError: an unknown task, options that the task does not have, no test part, or whatever is wrong with the
-            files (the item is named).
+        ValueError: an unknown task, options that the task does not have, no test part, ``train_on`` naming ``spec``
+            again, test pairs of one score only, or whatever is wrong with the files (the item is named).
     """
     if task not in JUDGED_TASKS:
         raise ValueError(f"task must be one of {', '.join(JUDGED_TASKS)}, got {task!r}")
@@ -92,6 +93,8 @@ def load_judged(
         raise ValueError(f"limit must be at least 1, got {limit}")
     if trials is not None and task != "verification":
         raise ValueError(f"trials belong to verification, not to {task}")
+    if train_on is not None and _same_place(spec, train_on):
+        raise ValueError(f"train_on names the data that is judged, {spec}: its own training part is used without it")
     if document_prompt and task != "retrieval":
         raise ValueError(f"document_prompt belongs to retrieval, not to {task}: query_prompt goes before every text")
     troubles = Troubles(str(spec), on_error)
@@ -112,9 +115,8 @@ def load_judged(
     if other is not None and other.source.modality != found.source.modality:
         raise ValueError(f"{spec} holds {found.source.modality}s, but {train_on} holds {other.source.modality}s")
     pool = ItemPool(query_prompt)
-    tested = usable_rows(
-        found, found.everything() if found.roles is None else found.rows("test", "enrol"), "test", troubles, limit, seed
-    )
+    candidates = found.everything() if found.roles is None else found.rows("test", "enrol")
+    tested = usable_rows(found, candidates, "test", troubles, limit, seed)
     if not len(tested):
         raise ValueError(f"{spec} has no test part")
     items = pool.add(found.source, tested)
@@ -126,7 +128,11 @@ def load_judged(
         numbers[labels.items] = labels.label
         enrolled = items[np.isin(tested, found.rows("enrol"))]
         if trials is not None:
-            test = read_trials(Path(trials), pool.ids[: len(items)])
+            used = set(pool.ids)
+            rest = [name for name in (found.source.ids[int(row)] for row in candidates) if name not in used]
+            test, lost = read_trials(Path(trials), pool.ids[: len(items)], rest)
+            if lost and limit is None:
+                troubles.skipped.append(Skipped("test", f"{lost} trials of {trials}", "they name items left out"))
         elif len(enrolled):
             test = cross_trials(enrolled, items[~np.isin(items, enrolled)], numbers, max_pairs, seed)
         else:
@@ -135,6 +141,11 @@ def load_judged(
         str(spec), found.source.modality, kind, pool.items(), tuple(pool.ids), pool.fingerprint(), train, validation,
         test, tuple(troubles.skipped),
     )  # fmt: skip
+
+
+def _same_place(one: str | Path, other: str | Path) -> bool:
+    first, second = (Path(place).expanduser() for place in (one, other))
+    return str(one) == str(other) or (first.exists() and first.resolve() == second.resolve())
 
 
 def _training_labels(
@@ -193,6 +204,9 @@ class _Texts:
         own = self.parts(spec)
         if "test" not in own:
             raise ValueError(f"{spec} has no test part: its parts are {', '.join(own) or 'empty'}")
+        value = getattr(own["test"], "value", None)
+        if value is not None and not np.ptp(value) > 0:
+            raise ValueError(f"all {len(value)} test pairs of {spec} have the score {value[0]:g}: nothing to rank by")
         others = own if train_on is None else self.parts(train_on)
         train, validation = others.get("train"), others.get("validation")
         if train_on is not None and set(others) == {"test"}:

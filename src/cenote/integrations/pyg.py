@@ -83,11 +83,11 @@ class PoolingAggregation(Aggregation):
             raise ValueError(f"cannot aggregate over the channels, axis {dim} of {tuple(x.shape)}")
         rows = x.movedim(axis, -2)
         lead = rows.shape[:-2]
-        flat = rows.reshape(-1, rows.shape[-2], rows.shape[-1])
+        flat = rows.reshape(lead.numel(), rows.shape[-2], rows.shape[-1])  # no -1: there may be no rows at all
         # Each leading place has its own sets: number them on.
         places = torch.arange(len(flat), device=x.device)[:, None]
         pooled = pool_rows(self.pooling, flat.flatten(0, 1), (places * size + index).flatten(), len(flat) * size)
-        return pooled.view(*lead, size, -1).movedim(-2, axis).contiguous()  # callers take views of it
+        return pooled.view(*lead, size, self.out_dim).movedim(-2, axis).contiguous()  # callers take views of it
 
     def reset_parameters(self) -> None:
         """Draw the pooling's parameters anew."""

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from cenote.allocator import keep_freed_memory
 from cenote.backbones import load_backbone
+from cenote.backbones.base import Backbone
 from cenote.probe.engine import Source
 from cenote.probe.feed import Feed
 from cenote.probe.fits import fit_free
@@ -203,12 +204,24 @@ class _ShardTask:
     def _loaded(self, work: Work) -> Work:
         if self.source is None:
             return work
-        spec, options = self.source
+        return dataclasses.replace(work, backbone=_backbone(self.source, self.fingerprint))
+
+
+_BACKBONES: dict[str, Backbone] = {}
+
+
+def _backbone(source: Source, fingerprint: str | None) -> Backbone:
+    """The backbone of a source, loaded once a process, whatever parts and views of the data it then reads."""
+    key = repr((source, fingerprint))
+    if key not in _BACKBONES:
+        _BACKBONES.clear()
+        spec, options = source
         backbone = load_backbone(spec, **options)
-        if backbone.fingerprint() != self.fingerprint:
+        if backbone.fingerprint() != fingerprint:
             node = ray.get_runtime_context().get_node_id()
             raise ValueError(f"backbone {spec} has other weights on node {node} ({os.uname().nodename}) than here")
-        return dataclasses.replace(work, backbone=backbone)
+        _BACKBONES[key] = backbone
+    return _BACKBONES[key]
 
 
 def _received(result: list[Any]) -> Done:

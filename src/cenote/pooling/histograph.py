@@ -153,13 +153,18 @@ class HistoGraph(Pooling):
 
     def check(self, tokens: Tensor | Sequence[Tensor], mask: Tensor | None) -> None:
         """Raise ``ValueError`` or ``TypeError`` for a history that is not what was built for, or is not finite."""
+        self._check(tokens, mask, None)
+
+    def _check(self, tokens: Tensor | Sequence[Tensor], mask: Tensor | None, batch: Tensor | None) -> None:
+        """As :meth:`check`; ``batch`` says which graphs the nodes of the only row are of."""
         if not isinstance(tokens, Tensor):
             self._check_list(tokens)
         last = tokens if isinstance(tokens, Tensor) else tokens[-1][:, None]
         super().check(last, mask)
         layers = last.shape[1] if isinstance(tokens, Tensor) else len(tokens)
-        if self.num_layers not in (None, layers):
-            raise ValueError(f"HistoGraph was built for a history of {self.num_layers} layers, got {layers}")
+        if layers < 1 or self.num_layers not in (None, layers):
+            wanted = "some" if self.num_layers is None else self.num_layers
+            raise ValueError(f"HistoGraph was built for a history of {wanted} layers, got {layers}")
         if torch.compiler.is_compiling():
             return
         for layer, states in enumerate(tokens.unbind(1) if isinstance(tokens, Tensor) else tokens):
@@ -167,6 +172,8 @@ class HistoGraph(Pooling):
             bad = bad if mask is None else bad & mask
             if bool(bad.any()):
                 graph, node = bad.nonzero()[0].tolist()
+                if batch is not None:
+                    graph, node = int(batch[node]), int((batch[:node] == batch[node]).sum())
                 raise ValueError(f"the history is not finite in layer {layer}, graph {graph}, node {node}")
 
     def _check_list(self, tokens: Sequence[Tensor]) -> None:
@@ -217,9 +224,11 @@ class HistoGraph(Pooling):
             dense = [states.unsqueeze(0) for states in history]
             count = len(history[0]) if len(history) else 0
         size = check_index(batch, count, size)
-        if count or not isinstance(history, Tensor):
-            self.check(dense, None)
-        return self._full_precision(self._read_graphs, dense, batch, size)
+        if count:
+            self._check(dense, None, batch)
+        elif not isinstance(history, Tensor):
+            self._check_list(dense)
+        return self._full_precision(self._read_graphs, dense, batch.long(), size)
 
     def _pool(self, tokens: Tensor | Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, None]:
         return self._full_precision(self._vector, tokens, mask), None

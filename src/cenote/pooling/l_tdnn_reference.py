@@ -51,8 +51,8 @@ def read_reference(
     Args:
         state_dict: official keys; those of the loss (``aam_softmax.``) and of the backbone (``backbone.``) are passed
             over.
-        config: official names of sizes, checked against the weights where the network has them; settings of the loss,
-            passed over; further constructor options.
+        config: official names of sizes, checked against the weights where the network has them (``n_blocks`` and
+            ``depth`` are d3net's alone); settings of the loss, passed over; further constructor options.
 
     Raises:
         ValueError: keys are missing, or a size contradicts the weights.
@@ -72,6 +72,8 @@ def read_reference(
         raise ValueError(f"not a checkpoint of L-TDNN: nothing there becomes {error}") from None
     options = {key: value for key, value in config.items() if key not in (*_OFFICIAL_SIZES, *_OF_THE_LOSS)}
     for official, own in _OFFICIAL_SIZES.items():
+        if official == "n_blocks" and sizes["net"] == "ecapa":
+            continue  # a setting of d3net: the official ecapa always has three blocks, whatever it says
         if own in sizes and config.get(official, sizes[own]) != sizes[own]:
             raise ValueError(f"{official}={config[official]!r} contradicts the weights, which have {sizes[own]!r}")
     return {**sizes, **options}, state

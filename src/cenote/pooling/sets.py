@@ -14,9 +14,11 @@ from cenote.pooling.base import Pooling
 
 
 def check_order_free(pooling: Pooling) -> None:
-    """Raise ``ValueError`` naming the pooling if the order of its tokens matters: sets have none."""
+    """Raise ``ValueError`` naming the pooling if the order of its tokens or their grid matters: sets have neither."""
     if not pooling.permutation_invariant:
         raise ValueError(f"{_name(pooling)} depends on the order of its tokens, and a set has none")
+    if getattr(pooling, "pooling", pooling).needs_grid:
+        raise ValueError(f"{_name(pooling)} reads a grid of patches, and a set has none")
 
 
 def pool_rows(
@@ -38,7 +40,8 @@ def pool_rows(
         size: number of sets; needed where some are empty.
 
     Raises:
-        ValueError: a pooling that depends on the order, an index that does not fit, rows of another rank.
+        ValueError: a pooling that depends on the order or reads a grid, an index that does not fit, rows of another
+            rank.
     """
     check_order_free(pooling)
     own: Any = getattr(pooling, "read_graphs", None)

@@ -7,6 +7,7 @@ initialisation and normalisation, in as many processes as the launcher starts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from cenote.ops.masked import widen
 from cenote.pooling.base import Pooling
 from cenote.probe.feed import Feed
 from cenote.probe.heads import BN_EPS, BN_MOMENTUM
+from cenote.probe.manifest import digest
 from cenote.probe.optim import warmup_cosine
 from cenote.probe.plan import Candidate, Host, plan
 from cenote.probe.readout import Readout, ReadoutConfig
@@ -179,7 +181,7 @@ def train_readout(
 
     Raises:
         ValueError: a readout without parameters, or several; targets that do not fit the store; a checkpoint of
-            another configuration.
+            another configuration or other data.
     """
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu", kwargs_handlers=[parallel])
@@ -195,7 +197,8 @@ def train_readout(
     where = str(accelerator.device)
     feeds = [Feed(s, to_device_targets(t, task), tuple(store.layers), memory, where) for s, t in (train, validation)]
     model = _Model(candidate, store.dim, objective.outputs, seed)
-    run = _Run(accelerator, model, candidate, objective, schedule, uniform, accumulate, lr, query_factor)
+    data = " ".join(_data_id(*part) for part in (train, validation))
+    run = _Run(accelerator, model, candidate, objective, schedule, uniform, accumulate, lr, query_factor, data)
     state = run.train(feeds[0], feeds[1], None if folder is None else Path(folder), save_every)
     model.load_state_dict(state.best)
     config = ReadoutConfig(
@@ -208,6 +211,11 @@ def train_readout(
     model.cpu()
     trained = Readout(config, model.pooling, model.norm, model.head)
     return TrainedReadout(trained, state.score, state.best_epoch + 1, tuple(state.scores), accelerator.is_main_process)
+
+
+def _data_id(store: FeatureStore, targets: Tensor) -> str:
+    """What a store and its targets are told by."""
+    return f"{digest(store.manifest.key)} {hashlib.sha256(targets.cpu().contiguous().numpy().tobytes()).hexdigest()}"
 
 
 def _candidate(
@@ -240,6 +248,7 @@ class _Run:
     accumulate: int
     lr: float
     query_factor: float
+    data: str
 
     def __post_init__(self) -> None:
         queries = {f"pooling.{name}" for name in self.plain.pooling.query_parameters}
@@ -337,7 +346,7 @@ class _Run:
             at.best = {name: tensor.detach().cpu().clone() for name, tensor in self.plain.state_dict().items()}
 
     def _identity(self) -> str:
-        return f"{self.candidate} {self.schedule} {self.objective}"
+        return f"{self.candidate} {self.schedule} {self.objective} {self.data}"
 
     def _save(self, folder: Path | None, at: _Progress) -> None:
         if folder is None or not self.accelerator.is_main_process:
