@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cenote.ops.masked import widen
+from cenote.ops.masked import track_statistics, widen
 
 
 def same_convolution(
@@ -64,10 +64,7 @@ def frame_batch_norm(
     mean = wide.sum(axes) / count
     centred = torch.addcmul(wide, mean, real, value=-1)
     variance = centred.square().sum(axes) / count
-    with torch.no_grad():
-        unbiased = variance * (count / (count - 1).clamp(min=1))
-        running_mean.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype) * momentum)
-        running_var.mul_(1 - momentum).add_(unbiased.detach().to(running_var.dtype) * momentum)
+    track_statistics(running_mean, running_var, mean, variance, count, momentum)
     return torch.addcmul(bias * real, centred, weight * (variance + eps).rsqrt()).to(x.dtype)
 
 

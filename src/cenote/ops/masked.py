@@ -102,13 +102,26 @@ def masked_batch_norm(
         count = wide.new_tensor(float(x.shape[0] * x.shape[1])) if mask is None else mask.sum().to(wide.dtype)
         mean = wide.sum(dim=(0, 1)) / count
         var = zero_padding(wide - mean, mask).square().sum(dim=(0, 1)) / count
-        with torch.no_grad():
-            unbiased = var * (count / (count - 1).clamp(min=1))
-            running_mean.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype) * momentum)
-            running_var.mul_(1 - momentum).add_(unbiased.detach().to(running_var.dtype) * momentum)
+        track_statistics(running_mean, running_var, mean, var, count, momentum)
     out = (wide - mean) * (var + eps).rsqrt()
     if weight is not None:
         out = out * weight
     if bias is not None:
         out = out + bias
     return out.to(x.dtype)
+
+
+@torch.no_grad()
+def track_statistics(
+    running_mean: Float[Tensor, "dim"],
+    running_var: Float[Tensor, "dim"],
+    mean: Float[Tensor, "dim"],
+    var: Float[Tensor, "dim"],
+    count: Float[Tensor, ""],
+    momentum: float,
+) -> None:
+    """Move running statistics by ``momentum`` towards a batch's mean and unbiased variance, in place; ``var`` is the
+    biased variance of ``count`` values."""
+    unbiased = var * (count / (count - 1).clamp(min=1))
+    running_mean.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype) * momentum)
+    running_var.mul_(1 - momentum).add_(unbiased.detach().to(running_var.dtype) * momentum)
