@@ -15,9 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cenote.allocator import keep_freed_memory
+from cenote.data.judged import Relevance
+from cenote.data.judged_load import load_judged
 from cenote.files import write_all
 from cenote.probe.display import Terminal
 from cenote.probe.judged import probe_judged
@@ -141,6 +144,30 @@ def check(name: str, result: ProbeResult) -> str:
     return f"{line} {chosen.remark}"
 
 
+def unseen(name: str, result: ProbeResult) -> list[str]:
+    """Retrieval again on the queries whose relevant documents were relevant to no query that was trained on: what a
+    trained readout gains on the others may be documents learnt by heart."""
+    if SETS[name].task != "retrieval":
+        return []
+    data = load_judged(str(DATA / SETS[name].file), "retrieval", on_error="skip", **SETS[name].options)
+    known: set[int] = set()
+    for part in (data.train, data.validation):
+        if isinstance(part, Relevance):
+            known |= set(part.documents[part.document].tolist())
+    assert isinstance(data.test, Relevance)
+    seen = np.zeros(len(data.test.queries), dtype=bool)
+    seen[data.test.query[np.isin(data.test.documents[data.test.document], sorted(known))]] = True
+    scores = {row.readout: result.predictions[result.key(row)][..., 0].mean(axis=0) for row in result.rows}
+    by_rest = sorted(scores, key=lambda readout: -scores[readout][~seen].mean())
+    listed = ", ".join(f"`{readout}` {scores[readout][~seen].mean():.4f}" for readout in by_rest)
+    return [
+        f"**Unseen documents.** {int(seen.sum())} of {len(seen)} test queries have a relevant document that was also "
+        f"relevant to a query of the training part. On the other {int((~seen).sum())}, nDCG@10 is: {listed}. A lead "
+        "that vanishes here was won by remembering documents.",
+        "",
+    ]
+
+
 def page(name: str, result: ProbeResult) -> str:
     """The table of one data set in Markdown."""
     settings, rows = result.settings, result.rows
@@ -179,6 +206,7 @@ def page(name: str, result: ProbeResult) -> str:
             f"**Check.** {check(name, result)}", "",
             f"**Expected.** {SETS[name].expectation}", "",
             f"**Came out.** {outcome}", "",
+            *unseen(name, result),
             *table, "", *[f"Note: {note}." for note in result.notes], "",
             f"Made by `python tools/judged_data.py {name}{_given(name, settings)}`.", "",
         ]
