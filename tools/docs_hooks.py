@@ -15,6 +15,7 @@ from cenote.pooling.registry import list_layer_reductions, list_poolings, poolin
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
 
 FAMILY_WORDS = {
     "pooling": "Tokens, of one layer or of all, to one vector.",
@@ -58,6 +59,7 @@ def on_config(config: Any) -> Any:
          + [{"Add a method": "contributing.md"}]},
         {"Methods": [{family.replace("_", " "): f"families/{family}.md"} for family in FAMILIES]},
         {"Evidence": [{"Verdicts": "evidence/index.md"}, *({s: f"evidence/{s}.md"} for s in evidence())]},
+        {"Tables": [{"Speed": "tables/speed.md"}, *({name: f"tables/{name}.md"} for name in tables())]},
         {"Reference": [{room: f"reference/{room}.md"} for room in REFERENCE]},
     ]  # fmt: skip
     return config
@@ -80,6 +82,8 @@ def pages() -> dict[str, str]:
     made = {f"families/{family}.md": family_page(family) for family in FAMILIES}
     made |= {f"reference/{room}.md": reference_page(room, modules) for room, modules in REFERENCE.items()}
     made["evidence/index.md"] = evidence_index()
+    made |= {f"tables/{name}.md": page.read_text() for name, page in tables().items()}
+    made["tables/speed.md"] = (RESULTS / "README.md").read_text()
     made["contributing.md"] = contributing()
     return made
 
@@ -87,6 +91,13 @@ def pages() -> dict[str, str]:
 def evidence() -> list[str]:
     """Slugs that have an evidence page."""
     return sorted(path.stem for path in (DOCS / "evidence").glob("*.md"))
+
+
+def tables() -> dict[str, Path]:
+    """Pages of readout tables on real data by name."""
+    folder = RESULTS / "real_data"
+    named = {path.stem: path for path in folder.glob("*.md")} | {p.parent.name: p for p in folder.glob("*/README.md")}
+    return dict(sorted(named.items()))
 
 
 def _title(page: Path) -> str:
