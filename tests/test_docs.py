@@ -11,6 +11,7 @@ import typer
 
 from cenote import cli
 from cenote.catalog import FAMILIES, SYSTEMS
+from cenote.inspection import OPEN_SET_SCORES
 from test_readme import blocks
 
 ROOT = Path(__file__).parents[1]
@@ -60,5 +61,8 @@ def test_site_builds_strictly_and_holds_every_family_and_system(tmp_path):
                 assert system.slug in html
                 if not system.planned:
                     assert f'id="{system.entry_point.replace(":", ".")}"' in html, system.slug
+    inspection = (tmp_path / "site" / "reference" / "inspection.html").read_text()
+    for score in OPEN_SET_SCORES.values():
+        assert f'id="{score.__module__}.{score.__name__}"' in inspection
     assert "--readouts" in (tmp_path / "site" / "verbs" / "probe.html").read_text()
     assert ":class:" not in (tmp_path / "site" / "families" / "pooling.html").read_text()

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from backbones.hosts import save_text
 from cenote.backbones import load_backbone
 from cenote.backbones.load import split_spec
 
@@ -39,6 +40,27 @@ def test_unknown_names_are_one_line(spec, message):
     with pytest.raises(ValueError, match=message) as raised:
         load_backbone(spec)
     assert "\n" not in str(raised.value)
+
+
+def test_options_that_a_backbone_lacks_are_refused_with_those_it_has(tmp_path):
+    with pytest.raises(ValueError, match="backbone 'embedded' takes no option max_seconds; it takes none"):
+        load_backbone("embedded", max_seconds=3)
+    with pytest.raises(ValueError, match="takes no option max_seconds; it takes image_size, pretrained"):
+        load_backbone("timm:vit_tiny_patch16_224", pretrained=False, max_seconds=3)
+    save_text("bert", tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"backbone 'hf:.*bert' takes no option max_seconds; it takes max_length"):
+        load_backbone(f"hf:{tmp_path / 'bert'}", max_seconds=3)
+    assert load_backbone(f"hf:{tmp_path / 'bert'}", max_length=7).dim == 16
+
+
+def test_errors_of_another_kind_are_not_taken_for_unknown_options():
+    from cenote.backbones.options import built
+
+    def broken(source, size=1):
+        raise TypeError("f() got an unexpected keyword argument 'other'")
+
+    with pytest.raises(TypeError, match="'other'"):
+        built(broken, "x", "source", size=2)
 
 
 def test_nearest_folder_is_suggested(tmp_path):

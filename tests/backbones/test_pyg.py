@@ -96,6 +96,13 @@ def test_half_precision():
         ("pyg:gcn(in_dim=4, width=8)", "unknown setting 'width'"),
         ("pyg:gcn(in_dim=0)", "in_dim must be a positive whole number"),
         ("pyg:gcn(in_dim=4, norm='graph')", "'batch', 'layer' or None"),
+        ("pyg:gcn(in_dim=4, in_dim=4)", "gives in_dim twice"),
+        ("pyg:gcn(in_dim=4, act='rulu')", "act must be an activation .*'rulu'"),
+        ("pyg:gcn(in_dim=4, act=3)", "act must be the name"),
+        ("pyg:gcn(in_dim=4, dropout='much')", "dropout must be a number"),
+        ("pyg:gcn(in_dim=4, dropout=1.5)", "dropout must lie between 0 and 1, got 1.5"),
+        ("pyg:gcn(in_dim=4, seed='a')", "seed must be a whole number from 0, got 'a'"),
+        ("pyg:gcn(in_dim=4, seed=-1)", "seed must be a whole number from 0, got -1"),
         ("pyg:", "names no model"),
     ],
 )

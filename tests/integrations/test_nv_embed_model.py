@@ -300,3 +300,53 @@ def test_bad_hosts():
             transformers.BertModel(transformers.BertConfig(vocab_size=9, hidden_size=8, num_attention_heads=2)),
             tokenizer(),
         )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_never_pooled(side):
+    model = build(padding_side=side)
+    batch = model.text.collate(model.text.rows(TEXTS))
+    with torch.no_grad():
+        wanted = model(batch["input_ids"], batch["attention_mask"])
+        found = model(batch["input_ids"], batch["attention_mask"], torch.ones_like(batch["attention_mask"]))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_holds_at_least_one_text(size):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+        build().encode(TEXTS, batch_size=size)
+
+
+def test_a_tokenizer_that_cuts_on_the_left_keeps_the_instruction():
+    left = tokenizer()
+    left.truncation_side = "left"
+    wanted = InstructedTokenizer(tokenizer(), 12).rows(TEXTS, FIND)
+    assert InstructedTokenizer(left, 12).rows(TEXTS, FIND) == wanted
+    assert any(len(row.ids) == 12 for row in wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "projections"),
+    [
+        ("phi3", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+        ("mistral", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_lora_meets_every_projection(kind, projections):
+    pytest.importorskip("peft")
+    sizes = {"pad_token_id": 2} if kind == "phi3" else {}
+    model = NVEmbed.from_decoder(decoder(kind, **sizes), tokenizer(), num_latents=5, num_heads=3, head_dim=16)
+    model.add_lora(rank=2)
+    adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name]
+    assert {name.split(".")[-1] for name in adapted} == projections
+    assert len(adapted) == 2 * len(projections)
+
+
+def test_lora_refuses_stacked_experts():
+    pytest.importorskip("peft")
+    model = NVEmbed.from_decoder(
+        decoder("mixtral", num_local_experts=2), tokenizer(), num_latents=5, num_heads=3, head_dim=16
+    )
+    with pytest.raises(ValueError, match="experts of mixtral"):
+        model.add_lora(rank=2)

@@ -159,3 +159,28 @@ def test_inside_models_and_layers():
 def test_misuse(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "message"),
+    [
+        (PoolingAggregation, "clip", "clip depends on the order"),
+        (PoolingAggregation, "l_tdnn", "l_tdnn depends on the order"),
+        (HistoryAggregation, "l_tdnn", "l_tdnn depends on the order"),
+        (PoolingAggregation, "multi_layer_pooling", "reads all layers: use HistoryAggregation"),
+        (HistoryAggregation, "multi_layer_pooling", "needs further options: 'num_layers'"),
+    ],
+)
+def test_names_that_need_more_than_a_width_are_refused_in_words(kind, spec, message):
+    with pytest.raises(ValueError, match=message):
+        kind(spec, dim=DIM)
+
+
+@pytest.mark.parametrize("ptr", [[1, 3, 5], [0, 4, 2, 5], []])
+def test_starts_that_do_not_rise_from_zero_are_refused(ptr):
+    for aggregation, x in (
+        (PoolingAggregation("mean", DIM), rows()[0][:5]),
+        (HistoryAggregation("histograph", DIM, num_layers=2), rows(2)[0][:5]),
+    ):
+        with pytest.raises(ValueError, match="ptr must rise from 0"):
+            aggregation(x, ptr=torch.tensor(ptr, dtype=torch.long))

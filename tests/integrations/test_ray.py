@@ -237,3 +237,37 @@ def test_what_cannot_be_is_said(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["probe", "--engine", "ray"]) != 0
     assert "pip install 'cenote[distributed]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda: ray.exceptions.WorkerCrashedError(), r"WorkerCrashedError: .*call again with resume"),
+        (
+            lambda: ray.exceptions.OutOfMemoryError("Task was killed\nbecause"),
+            r"Task was killed\): give each task more",
+        ),
+        (lambda: ray.exceptions.NodeDiedError("node 7 died"), "node 7 died.*nodes live"),
+        (lambda: ray.exceptions.RaySystemError("broken"), "RaySystemError"),
+    ],
+)
+def test_what_ray_itself_could_not_do_is_one_line(error, message, monkeypatch):
+    def fail(task):
+        raise error()
+
+    monkeypatch.setattr(engine.ray, "get", fail)
+    with pytest.raises(OSError, match=message) as caught:
+        engine._result(None)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_what_a_task_raised_comes_out_as_it_was(monkeypatch):
+    def fail(cause):
+        raise ray.exceptions.RayTaskError("task", "traceback", cause)
+
+    monkeypatch.setattr(engine.ray, "get", fail)
+    with pytest.raises(ValueError, match=r"^mine$"):
+        engine._result(ValueError("mine"))
+    with pytest.raises(OSError, match=r"lost a task \(WorkerCrashedError"):
+        engine._result(ray.exceptions.WorkerCrashedError())

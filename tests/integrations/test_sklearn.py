@@ -50,6 +50,17 @@ def test_lists_of_different_lengths_equal_each_item_alone():
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
+def test_lists_of_stacks_of_different_lengths():
+    x, y = flagged_tokens(60)
+    stack = np.stack([np.random.default_rng(0).standard_normal(x.shape), x], axis=1)
+    ragged = [item[:, : 4 + number % 9] for number, item in enumerate(stack)]
+    found = ReadoutTransformer("mean_layers > mean").fit(ragged).transform(ragged)
+    np.testing.assert_allclose(found, [item.mean(axis=(0, 1)) for item in ragged], atol=1e-5)
+    model = ReadoutClassifier("weighted_layers > mean", epochs=2).fit(ragged, y)
+    alone = np.concatenate([model.predict_proba([item]) for item in ragged])
+    np.testing.assert_allclose(model.predict_proba(ragged), alone, atol=1e-5)
+
+
 def test_several_layers():
     x, y = flagged_tokens(60)
     stack = np.stack([np.random.default_rng(0).standard_normal(x.shape), x], axis=1)
@@ -88,6 +99,7 @@ def test_same_seed_same_numbers_and_pickles():
         (lambda x, y: ReadoutClassifier().fit(x, y[:-1]), "inconsistent"),
         (lambda x, y: ReadoutClassifier().fit(x[None, None], y), "X must be"),
         (lambda x, y: ReadoutClassifier().fit([x[0], x[1][:, :3]], y[:2]), "one width"),
+        (lambda x, y: ReadoutClassifier().fit([x[:2], x[2:5]], y[:2]), "equally many layers, got .2, 3."),
         (lambda x, y: ReadoutClassifier().fit(x, y).predict(x[..., :3]), "expecting 8 features"),
         (lambda x, y: ReadoutClassifier().fit(np.where(x > 2, np.nan, x), y), "finite"),
         (lambda x, y: ReadoutClassifier(validation_fraction=2).fit(x, y), "validation_fraction"),

@@ -111,11 +111,21 @@ def test_formats_of_a_map():
         ("test_resnet", "mean", {"prefix": True}, "no prefix"),
         ("test_convnext", "attentive_statistics", {}, "old width"),
         ("test_vit", create_pooling("mean", dim=3), {}, "width 64"),
+        ("vgg11", "mean", {}, "head of VGG makes 4096 features of 512"),
+        ("efficientvit_b0", "mean", {}, "widens its last map"),
+        ("inception_next_atto", "mean", {}, "makes 960 features of 320"),
+        ("caformer_s18", "mean", {}, "makes 2048 features of 512"),
+        ("dla34", "mean", {}, "Conv2d for a classifier"),
+        ("convit_tiny", "mean", {}, "pools in a place that is not known"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, readout, options, message):
+    with torch.device("cpu" if "test" in name else "meta"):  # large ones without their weights
+        model = build(name)
+    before = str(model)
     with pytest.raises(ValueError, match=message):
-        set_global_pool(build(name), readout, **options)
+        set_global_pool(model, readout, **options)
+    assert "test" in name or str(model) == before
 
 
 def test_other_networks_are_refused():

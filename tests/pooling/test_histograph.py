@@ -313,3 +313,19 @@ def test_batch_statistics_cover_all_sets_at_once():
     close(pool_rows(norm, rows, index), same(padded, mask))
     for name, statistic in norm.named_buffers():
         close(statistic, same.get_buffer(name))
+
+
+def test_products_that_overflow_are_refused_and_not_nan():
+    pool = build()
+    history, batch, padded, mask = graphs()
+    large = history.clone()
+    large[batch == 2] *= 1e30
+    padded[2] *= 1e30
+    for call in (
+        lambda: pool(padded.nan_to_num(), mask),
+        lambda: pool.read(padded.nan_to_num(), mask),
+        lambda: pool.read_graphs(large, batch),
+    ):
+        with pytest.raises(ValueError, match="vector of graph 2 is not finite: its history is too large"):
+            call()
+    assert pool(padded.nan_to_num()[[0, 1, 3, 4]], mask[[0, 1, 3, 4]]).isfinite().all()

@@ -1,9 +1,12 @@
 """The main job on graphs of different sizes."""
 
+import json
+
 import pytest
 import torch
 
 pytest.importorskip("torch_geometric")
+from cenote import cli
 from cenote.backbones import load_backbone
 from cenote.data import load_data
 from cenote.pooling import create_pooling
@@ -70,3 +73,37 @@ def test_stacked_copies_are_the_single_ones():
     for number in range(3):
         pooling, norm, head = stack.member(stack.state(), number)
         torch.testing.assert_close(outputs[number], head(norm(pooling(hidden, mask))), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fold_from_the_command_line(run, tmp_path, capsys):
+    _, folder = run
+    found = {}
+    for fold in (0, 4):
+        status = cli.main(
+            ["probe", "--backbone", "pyg:gin(in_dim=2, hidden=8, layers=3)", "--data", str(folder / "rings.npz"),
+             "--readouts", "mean", "--seeds", "1", "--fold", str(fold), "--out", str(tmp_path / str(fold)),
+             "--cache-dir", str(folder / "cache")]
+        )  # fmt: skip
+        assert status == 0, capsys.readouterr().err
+        settings = json.loads((tmp_path / str(fold) / "settings.json").read_text())
+        settings = settings.get("settings", settings)
+        found[fold] = settings["data_fingerprint"]
+        wanted = load_data(folder / "rings.npz", fold=fold)
+        assert settings["data"].endswith(f"(fold {fold})")
+        assert found[fold] == {
+            "train": wanted.train.fingerprint, "validation": wanted.validation.fingerprint,
+            "test": wanted.test.fingerprint,
+        }  # fmt: skip
+    assert found[0] != found[4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "digits", "--fold", "0"], "fold applies to sets of graphs, not to 'digits'"),
+        (["--data", "digits", "--fold", "0", "--task", "retrieval"], "--fold divides sets of graphs"),
+    ],
+)
+def test_folds_of_other_data_are_refused(options, message, tmp_path, capsys):
+    assert cli.main(["probe", *options, "--out", str(tmp_path)]) != 0
+    assert message in " ".join(capsys.readouterr().err.split())

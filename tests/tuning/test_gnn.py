@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("torch_geometric")
 from cenote.backbones import load_backbone
 from cenote.data import load_data
+from cenote.probe import Readout
 from cenote.tuning import gnn
 from cenote.tuning.gnn import GNNSettings, PackedGraphs, cross_validate, train_gnn, train_head
 from data.test_graphs import archive
@@ -107,6 +108,71 @@ def test_folds_are_kept_and_taken_up_again(rings, tmp_path, monkeypatch):
         cross_validate("gin", rings, "max", QUICK, folds=range(3), path=path)
     spread = gnn.CrossValidation("x", (0, 1), (0.5, 0.7), ({}, {}))
     assert (spread.mean, spread.std) == (pytest.approx(0.6), pytest.approx(0.02**0.5))
+
+
+def test_folds_are_kept_for_one_set_of_graphs(rings, tmp_path):
+    quick, path = replace(QUICK, epochs=1), tmp_path / "folds.json"
+    cross_validate("gin", rings, "mean", quick, folds=(0,), path=path)
+    (tmp_path / "elsewhere").mkdir()
+    archive(tmp_path / "elsewhere" / "rings.npz")  # the same name, other node classes
+    with pytest.raises(ValueError, match="another configuration"):
+        cross_validate("gin", str(tmp_path / "elsewhere" / "rings.npz"), "mean", quick, folds=(0,), path=path)
+    make = lambda dim, states: gnn.PooledHistory("mean", dim, states)  # noqa: E731
+    assert len(cross_validate("gin", rings, make, quick, folds=(0,)).accuracies) == 1
+    with pytest.raises(ValueError, match="give a named function"):
+        cross_validate("gin", rings, make, quick, folds=(0,), path=tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("readout", ["mean", "histograph", "weighted_layers > mean", "latent_attention(num_latents=4)"])
+def test_a_trained_readout_is_saved_with_its_network(rings, readout, tmp_path):
+    data = load_data(rings, fold=0)
+    run = train_gnn("gin", data, readout, replace(QUICK, epochs=2))
+    run.save(tmp_path / "net")
+    backbone, loaded = load_backbone(f"pyg:{tmp_path / 'net'}"), Readout.from_pretrained(tmp_path / "net" / "readout")
+    assert loaded.config.backbone == backbone.spec
+    assert loaded.config.backbone_fingerprint == backbone.fingerprint()
+    assert loaded.config.classes == data.classes == run.classes
+    packed = PackedGraphs(data.test)
+    batch = packed.take(torch.arange(len(packed)))
+    assert len(packed.nodes.unique()) > 1
+    with torch.no_grad():
+        wanted = run.head(run.readout(run.network(batch.x, batch.edge_index), batch.batch, len(packed)))
+    features = backbone(backbone.collate([data.test.items[n] for n in range(len(packed))]), loaded.config.layers)
+    torch.testing.assert_close(loaded(features), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_readout_made_by_a_function_cannot_be_named(rings, tmp_path):
+    class Last(torch.nn.Module):
+        out_dim = 16
+
+        def forward(self, states, batch, size):
+            return torch.zeros(size, 16).index_add(0, batch, states[:, -1])
+
+    run = train_gnn("gin", load_data(rings, fold=0), lambda dim, states: Last(), replace(QUICK, epochs=1))
+    run.save(tmp_path / "net")
+    assert not (tmp_path / "net" / "readout").exists()
+    with pytest.raises(ValueError, match="given by name"):
+        run.as_readout(tmp_path / "net")
+
+
+def test_packed_graphs_say_where_everything_lives(rings):
+    data = load_data(rings, fold=0)
+    packed = PackedGraphs(data.train, "cpu")
+    wanted = packed.take(torch.tensor([7, 0, 3]))
+    # A tensor made without a device would be of another one here, and would not meet the rest.
+    with torch.device("meta"):
+        found = PackedGraphs(data.train, "cpu").take(torch.tensor([7, 0, 3], device="cpu"))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        batches = list(packed.batches(5, torch.Generator("cpu").manual_seed(0)))
+    assert {part.device.type for batch in batches for part in batch} == {"cpu"}
+
+
+def test_a_device_changes_nothing_on_the_cpu(rings):
+    data = load_data(rings, fold=0)
+    run = train_gnn("gin", data, "histograph", QUICK)
+    there = train_gnn("gin", data, "histograph", QUICK, device=torch.device("cpu"))
+    assert torch.equal(run.head.weight, there.head.weight)
+    assert train_head(run.network, data, "mean", QUICK, device="cpu").head.weight.device.type == "cpu"
 
 
 def test_other_data_is_refused():

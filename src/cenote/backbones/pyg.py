@@ -60,6 +60,8 @@ class GraphNetworkConfig:
         for name in ("in_dim", "hidden", "layers", "heads"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {getattr(self, name)!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie between 0 and 1, got {self.dropout!r}")
 
 
 class GraphNetwork(nn.Module):
@@ -72,7 +74,12 @@ class GraphNetwork(nn.Module):
 
     def __init__(self, config: GraphNetworkConfig) -> None:
         super().__init__()
-        models = _pyg().nn.models
+        pyg = _pyg()
+        models = pyg.nn.models
+        try:
+            pyg.nn.resolver.activation_resolver(config.act)
+        except ValueError:
+            raise ValueError(f"act must be an activation of torch or PyTorch Geometric, got {config.act!r}") from None
         self.config = config
         self.embed = nn.Linear(config.in_dim, config.hidden)
         extra: dict[str, Any] = {"heads": config.heads} if config.kind == "gat" else {}
@@ -198,6 +205,7 @@ def load_pyg(
         raise ValueError(f"'pyg:{name}' is neither a folder nor one of {', '.join(KINDS)}{hint}")
     settings |= options
     seed = settings.pop("seed", 0)
+    _check_seed(seed)
     config = _config({"kind": kind, **settings}, f"'pyg:{name}'")
     shown = ", ".join(f"{key}={value!r}" for key, value in {**settings, "seed": seed}.items())
     return PyGBackbone(build_network(config, seed), f"pyg:{kind}({shown})", device, dtype)
@@ -205,6 +213,7 @@ def load_pyg(
 
 def build_network(config: GraphNetworkConfig, seed: int = 0) -> GraphNetwork:
     """An untrained network with the weights of a seed."""
+    _check_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GraphNetwork(config)
@@ -249,14 +258,26 @@ def _check(item: Any, place: int, in_dim: int) -> int:
 
 
 def _parse(name: str) -> tuple[str, dict[str, Any]]:
-    """``"gcn(in_dim=7)"`` to ``("gcn", {"in_dim": 7})``; only literals are read."""
+    """``"gcn(in_dim=7)"`` to ``("gcn", {"in_dim": 7})``; only literals are read. ``ValueError`` for a setting given
+    twice."""
     try:
         node = ast.parse(name.strip(), mode="eval").body
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-            return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+            pairs = [(str(k.arg), ast.literal_eval(k.value)) for k in node.keywords]
+        else:
+            return name.strip(), {}
     except (SyntaxError, ValueError):
-        pass
-    return name.strip(), {}
+        return name.strip(), {}
+    given = [key for key, _ in pairs]
+    twice = next((key for key in given if given.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"'pyg:{name}' gives {twice} twice")
+    return node.func.id, dict(pairs)
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
 
 
 def _config(settings: dict[str, Any], where: str) -> GraphNetworkConfig:
@@ -267,6 +288,10 @@ def _config(settings: dict[str, Any], where: str) -> GraphNetworkConfig:
     missing = [name for name in ("kind", "in_dim") if name not in settings]
     if missing:
         raise ValueError(f"{where} needs {' and '.join(missing)} (in_dim is the width of the node features)")
+    if not isinstance(settings.get("act", ""), str):
+        raise ValueError(f"{where}: act must be the name of an activation, got {settings['act']!r}")
+    if not isinstance(settings.get("dropout", 0), int | float):
+        raise ValueError(f"{where}: dropout must be a number, got {settings['dropout']!r}")
     return GraphNetworkConfig(**settings)
 
 

@@ -22,8 +22,6 @@ from cenote.pooling.latent_attention import LatentAttention
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 class NVEmbed(nn.Module):
     """``vector = LatentAttention(decoder(instruction + text + EOS), mask without the instruction)``.
@@ -101,8 +99,9 @@ class NVEmbed(nn.Module):
         attention_mask: Tensor,
         pool_mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch dim"]:
-        """Vectors of tokenized rows; ``pool_mask`` is ``True`` for what is pooled, all real tokens by default."""
-        mask = attention_mask.bool() if pool_mask is None else pool_mask
+        """Vectors of tokenized rows; ``pool_mask`` is ``True`` for what is pooled of the real tokens, else all are."""
+        mask = attention_mask.bool()
+        mask = mask if pool_mask is None else mask & pool_mask
         states = self.states(input_ids, attention_mask)
         return self.latent_attention_model(states.to(self.latent_attention_model.block.latents.dtype), mask)
 
@@ -131,8 +130,10 @@ class NVEmbed(nn.Module):
 
         Raises:
             TypeError: texts that are not strings.
-            ValueError: a text of which nothing is left behind the instruction.
+            ValueError: a text of which nothing is left behind the instruction, a ``batch_size`` below 1.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         from rich.console import Console
         from rich.progress import track
 
@@ -272,12 +273,24 @@ class NVEmbed(nn.Module):
 
     def add_lora(self, rank: int = 16, alpha: int = 32, dropout: float = 0.1) -> NVEmbed:
         """Freeze the decoder and train low-rank updates of its projections instead, as published; the pooling is
-        trained whole. Needs peft."""
+        trained whole. Needs peft.
+
+        Projections are all linear layers of the decoder, those of attention and of the feed-forward blocks.
+
+        Raises:
+            ValueError: a decoder with experts (Mixtral), whose stacked weights are no linear layers.
+        """
+        if any(parameter.ndim > 2 for parameter in self.embedding_model.parameters()):
+            kind = self.embedding_model.config.model_type  # type: ignore[union-attr]
+            raise ValueError(
+                f"the experts of {kind} are stacked in one weight, which LoRA would leave out: use a dense decoder"
+            )
+        targets = [name for name, module in self.embedding_model.named_modules() if isinstance(module, nn.Linear)]
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise ImportError(f"LoRA needs peft: pip install 'cenote[tune]' ({error})") from None
-        settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(PROJECTIONS))
+        settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
         self.embedding_model = get_peft_model(self.embedding_model, settings)
         return self
 

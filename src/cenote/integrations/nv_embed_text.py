@@ -36,7 +36,7 @@ class InstructedTokenizer:
     ids, since padding with the end-of-sequence token is usual.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: of transformers. It is set to cut long rows on the right: on the left the instruction would go.
         max_length: most tokens of a row.
         exact: how many tokens count as the instruction. ``True``: those that end within it, by their place in the
             text; a token that reaches from the instruction into the text is text. ``False``, as published: as many as
@@ -63,6 +63,7 @@ class InstructedTokenizer:
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         if add_eos and tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token to append")
+        tokenizer.truncation_side = "right"
         self.tokenizer, self.max_length, self.exact = tokenizer, max_length, exact
         self.mask_instruction, self.add_eos, self.padding_side = mask_instruction, add_eos, padding_side
         first = tokenizer("a")["input_ids"][:1]

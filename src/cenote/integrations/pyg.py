@@ -45,18 +45,36 @@ class PoolingAggregation(Aggregation):
             if dim is None:
                 raise ValueError(f"{pooling!r} needs dim, the width of the states")
             self.spec: dict[str, Any] | None = {"spec": pooling, "dim": dim, **options}
-            pooling = create_pooling(**self.spec)
+            pooling = self._build(**self.spec)
         elif dim not in (None, pooling.dim) or options:
             raise ValueError("dim and options go with a pooling's name, not with a pooling that is already built")
         else:
             self.spec = None
+        self._check(pooling)
+        self.pooling = pooling
+        self.out_dim = pooling.out_dim
+
+    def _build(self, **spec: Any) -> Pooling:
+        """A pooling by name; one that cannot be built without a grid or a number of layers is refused for reading
+        them."""
+        try:
+            return create_pooling(**spec)
+        except TypeError as error:
+            try:
+                lent = create_pooling(**{"grid": (2, 2), "num_layers": 2, **spec})
+            except TypeError:
+                lent = None
+            if lent is not None:
+                self._check(lent)
+            missing = str(error).rpartition(": ")[2]
+            raise ValueError(f"{spec['spec']!r} needs further options: {missing}") from None
+
+    def _check(self, pooling: Pooling) -> None:
         check_order_free(pooling)
         if pooling.layers != self.reads:
             other = "HistoryAggregation" if self.reads == "last" else "PoolingAggregation"
             layers = "all layers" if pooling.layers == "all" else "one layer"
             raise ValueError(f"{type(pooling).__name__} reads {layers}: use {other}")
-        self.pooling = pooling
-        self.out_dim = pooling.out_dim
 
     def forward(
         self,
@@ -147,6 +165,8 @@ def _sets(index: Tensor | None, ptr: Tensor | None, size: int | None) -> tuple[T
     """Set of each row and the number of sets, from either description."""
     if ptr is not None:
         counts = ptr.diff()
+        if ptr.ndim != 1 or not len(ptr) or int(ptr[0]) != 0 or bool((counts < 0).any()):
+            raise ValueError(f"ptr must rise from 0 to the number of rows, got {ptr.tolist()[:10]}")
         if size not in (None, len(counts)):
             raise ValueError(f"ptr describes {len(counts)} sets, got dim_size={size}")
         return torch.repeat_interleave(torch.arange(len(counts), device=ptr.device), counts), len(counts)

@@ -47,7 +47,7 @@ from cenote.probe.work import Done, Elsewhere, Job, Work
 try:
     import ray
     import ray.data
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 except ImportError as error:
     raise ImportError("engine 'ray' needs Ray: pip install 'cenote[distributed]'") from error
 
@@ -96,7 +96,8 @@ class RayEngine:
             rows = ray.data.from_items([job._asdict() for job in jobs], override_num_blocks=len(jobs))
             # A GPU task ends its process unless told otherwise, and with it the loaded backbone.
             reuse: dict[str, Any] = {"num_gpus": self.gpus, "max_calls": 0} if self.gpus else {}
-            for row in rows.map(task, num_cpus=self.cpus, **reuse).iter_rows():
+            found = iter(rows.map(task, num_cpus=self.cpus, **reuse).iter_rows())
+            while (row := _raising(lambda: next(found, None))) is not None:
                 yield _received(json.loads(row["result"]))
 
         return elsewhere
@@ -288,10 +289,27 @@ def _finished(tasks: Sequence[Any], stop: Callable[[], bool] = lambda: False) ->
 
 def _result(task: Any) -> Any:
     """A task's result, or the error that it raised, without Ray's account of it."""
+    return _raising(lambda: ray.get(task))
+
+
+def _raising(call: Callable[[], Any]) -> Any:
+    """``call()``; what a task raised comes out as it was, and what Ray itself could not do as an ``OSError``."""
     try:
-        return ray.get(task)
-    except RayTaskError as error:
-        raise error.cause from None
+        try:
+            return call()
+        except RayTaskError as error:
+            raise error.cause from None
+    except RayError as error:
+        raise _lost(error) from None
+
+
+def _lost(error: RayError) -> OSError:
+    """A worker, node or object that Ray lost and could not bring back, in one line."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    advice = "see that the nodes live, then call again with resume: what is finished is kept"
+    if isinstance(error, OutOfMemoryError):
+        advice = "give each task more cores (cpus), so that fewer share a machine, or a lower memory; then resume"
+    return OSError(f"the Ray cluster lost a task ({type(error).__name__}: {reason}): {advice}")
 
 
 def _settle(threads: int) -> None:

@@ -41,7 +41,8 @@ class _ReadoutEstimator(BaseEstimator):
     """What classifier and transformer share.
 
     ``X`` is ``(items, tokens, dim)``, ``(items, layers, tokens, dim)`` for readouts of several layers, a list of
-    ``(tokens, dim)`` arrays of different lengths, or ``(items, dim)``, which is one token an item.
+    ``(tokens, dim)`` or ``(layers, tokens, dim)`` arrays of different lengths, or ``(items, dim)``, which is one token
+    an item.
     """
 
     def __init__(  # untyped, since scikit-learn wants anything to be accepted here and refused in fit
@@ -63,7 +64,8 @@ class _ReadoutEstimator(BaseEstimator):
 
     def _read(self, X: Any, reset: bool) -> tuple[Features, np.dtype]:
         """Checked input as features, and the floating-point type to answer in."""
-        if isinstance(X, list | tuple) and len(X) > 0 and all(getattr(item, "ndim", 0) == 2 for item in X):
+        ranks = {getattr(item, "ndim", 0) for item in X} if isinstance(X, list | tuple) else set()
+        if ranks in ({2}, {3}):
             tokens, mask = _padded(X)
         else:
             if getattr(X, "ndim", 2) > 2:
@@ -150,7 +152,8 @@ class ReadoutClassifier(ClassifierMixin, _ReadoutEstimator):
     grid of learning rates, chosen likewise: ``ReadoutClassifier("efficient_probing(num_queries=8)").fit(X, y)``.
 
     ``X`` is ``(items, tokens, dim)``, ``(items, layers, tokens, dim)`` for readouts of several layers, a list of
-    ``(tokens, dim)`` arrays of different lengths, or ``(items, dim)``, which is one token an item.
+    ``(tokens, dim)`` or ``(layers, tokens, dim)`` arrays of different lengths, or ``(items, dim)``, which is one token
+    an item.
 
     Args:
         readout: as :func:`cenote.pooling.create_pooling` reads it.
@@ -229,15 +232,19 @@ class ReadoutTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Rea
 
 
 def _padded(items: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Token arrays of different lengths as one, and the mask of the real tokens."""
+    """Arrays ``([layers,] tokens, dim)`` of different lengths as one, and the mask of the real tokens."""
     arrays = [np.asarray(item, dtype=float) for item in items]
-    widths = {array.shape[1] for array in arrays}
-    lengths = np.array([len(array) for array in arrays])
+    widths = {array.shape[-1] for array in arrays}
+    stacks = {array.shape[:-2] for array in arrays}
+    lengths = np.array([array.shape[-2] for array in arrays])
     if len(widths) > 1 or (lengths == 0).any():
         raise ValueError(f"items must have at least one token each, all of one width, got widths {sorted(widths)}")
+    if len(stacks) > 1:
+        raise ValueError(f"items must have equally many layers, got {sorted(stack[0] for stack in stacks)}")
     mask = np.arange(lengths.max()) < lengths[:, None]
-    tokens = np.zeros((len(arrays), lengths.max(), widths.pop()))
-    tokens[mask] = np.concatenate(arrays)
+    tokens = np.zeros((len(arrays), *stacks.pop(), lengths.max(), widths.pop()))
+    for place, array, length in zip(tokens, arrays, lengths, strict=True):
+        place[..., :length, :] = array
     return tokens, mask
 
 

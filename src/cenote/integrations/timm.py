@@ -64,7 +64,8 @@ def set_global_pool(
         options: of the pooling.
 
     Raises:
-        ValueError: a readout of several layers, or a network that pools in none of the known places.
+        ValueError: a readout of several layers, a network that pools in none of the known places or is otherwise
+            between its last map and its classifier than those known (VGG, DLA, MetaFormer, ...).
     """
     width = getattr(model, "num_features", None)
     if not isinstance(width, int) or not hasattr(model, "get_classifier"):
@@ -118,11 +119,43 @@ def _into_map_head(model: Any, pooling: Pooling) -> bool:
     input_fmt = str(getattr(model, "output_fmt", "NCHW")).rpartition(".")[2]
     shape = (1, pooling.dim, 2, 2) if input_fmt == "NCHW" else (1, 2, 2, pooling.dim)
     parameter = next(model.parameters())
-    flat = old(torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)).ndim == 2
+    vector = old(torch.zeros(shape, device=parameter.device, dtype=parameter.dtype))
+    flat = vector.ndim == 2
+    _check_width(model, owner, vector.shape[1] if flat else pooling.dim, flat)
     if not flat and pooling.out_dim != pooling.dim:
         raise ValueError(f"the head of {type(model).__name__} goes on with a map of the old width: keep {pooling.dim}")
     owner.global_pool = MapPool(pooling, flat, input_fmt)
     return flat
+
+
+def _check_width(model: Any, owner: Any, pooled: int, flat: bool) -> None:
+    """Raise where maps are widened in front of the pooling, or vectors behind it in a way that is not known.
+
+    Args:
+        model: the network.
+        owner: what holds the pooling: the network or its head.
+        pooled: width of what the pooling gives.
+        flat: whether it gives vectors rather than maps of one cell.
+    """
+    kind = type(model).__name__
+    classifier = model.get_submodule(_classifier_name(model))
+    if not isinstance(classifier, nn.Linear | nn.Identity):
+        raise ValueError(f"{kind} has a {type(classifier).__name__} for a classifier: expected a linear layer")
+    if not isinstance(getattr(owner, "in_conv", None), nn.Identity | None):
+        raise ValueError(f"{kind} widens its last map before it pools it, which num_features does not say")
+    expected = {pooled}
+    if owner is model or not flat:
+        expected.add(getattr(model, "head_hidden_size", None) or pooled)
+    read = classifier.in_features if isinstance(classifier, nn.Linear) else getattr(owner, "in_features", None)
+    if isinstance(read, int) and read not in expected:
+        raise ValueError(f"the head of {kind} makes {read} features of {pooled} in a way that is not known")
+
+
+def _classifier_name(model: Any) -> str:
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    if not isinstance(name, str):
+        raise ValueError(f"{type(model).__name__} has several classifiers ({', '.join(name)}): set them by hand")
+    return name
 
 
 def _old_pool(part: Any) -> Any:
@@ -131,9 +164,7 @@ def _old_pool(part: Any) -> Any:
 
 def _fit_classifier(model: Any, width: int, classes: int) -> None:
     """A linear classifier of the right size where there was one."""
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    if not isinstance(name, str):
-        raise ValueError(f"{type(model).__name__} has several classifiers ({', '.join(name)}): set them by hand")
+    name = _classifier_name(model)
     old = model.get_submodule(name)
     fits = isinstance(old, nn.Linear) and (old.in_features, old.out_features) == (width, classes)
     if not fits and not (isinstance(old, nn.Identity) and classes == 0):

@@ -149,7 +149,9 @@ class HistoGraph(Pooling):
         self.check(tokens, mask)
         if return_weights:
             raise ValueError("HistoGraph does not attend to tokens with one query: read() gives its layer weights")
-        return self._pool(tokens, mask)[0]
+        vector = self._pool(tokens, mask)[0]
+        _check_result(vector)
+        return vector
 
     def check(self, tokens: Tensor | Sequence[Tensor], mask: Tensor | None) -> None:
         """Raise ``ValueError`` or ``TypeError`` for a history that is not what was built for, or is not finite."""
@@ -192,7 +194,9 @@ class HistoGraph(Pooling):
     def read(self, tokens: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> HistoryRead:
         """Everything about padded graphs, ``(batch, layers, tokens, dim)``; see :class:`HistoryRead`."""
         self.check(tokens, mask)
-        return self._full_precision(self._read, tokens, mask)
+        read = self._full_precision(self._read, tokens, mask)
+        _check_result(read.graph)
+        return read
 
     def nodes(self, tokens: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """Node states ``Z``, ``(batch, tokens, out_dim)``, for tasks on nodes and edges; 0 on padding."""
@@ -228,7 +232,9 @@ class HistoGraph(Pooling):
             self._check(dense, None, batch)
         elif not isinstance(history, Tensor):
             self._check_list(dense)
-        return self._full_precision(self._read_graphs, dense, batch.long(), size)
+        read = self._full_precision(self._read_graphs, dense, batch.long(), size)
+        _check_result(read.graph)
+        return read
 
     def _pool(self, tokens: Tensor | Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, None]:
         return self._full_precision(self._vector, tokens, mask), None
@@ -373,6 +379,18 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     """A linear layer in float32 or better."""
     bias: Any = layer.bias
     return F.linear(widen(x), widen(layer.weight), None if bias is None else widen(bias))  # type: ignore[arg-type]
+
+
+def _check_result(vectors: Tensor) -> None:
+    """Scores are products of two states, so that states far below the largest number can still overflow."""
+    if torch.compiler.is_compiling():
+        return
+    bad = ~vectors.isfinite().all(dim=-1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"the vector of graph {int(bad.nonzero()[0])} is not finite: its history is too large for products of two "
+            f"states, or for an answer in {vectors.dtype}, or the parameters are not finite"
+        )
 
 
 def _dtype(tokens: Tensor | Sequence[Tensor]) -> torch.dtype:

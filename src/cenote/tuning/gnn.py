@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from cenote.backbones.fingerprint import weights_digest
 from cenote.backbones.pyg import GraphNetwork, GraphNetworkConfig, build_network, save_network
 from cenote.data import load_data
 from cenote.data.base import Data, Split
@@ -24,6 +26,7 @@ from cenote.files import write_whole
 from cenote.pooling import create_pooling
 from cenote.pooling.histograph import HistoGraph
 from cenote.pooling.sets import pool_rows
+from cenote.probe.readout import Readout, ReadoutConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +55,7 @@ class PooledHistory(nn.Module):
 
     def __init__(self, spec: str, dim: int, states: int) -> None:
         super().__init__()
+        self.spec = spec
         self.pooling = create_pooling(spec, dim=dim, num_layers=states)
         self.skip = 0 if self.pooling.reads_embeddings else 1
         if self.pooling.layers == "all" and self.skip:
@@ -61,6 +65,10 @@ class PooledHistory(nn.Module):
     def forward(self, states: Tensor, batch: Tensor, size: int) -> Tensor:
         rows = states[:, -1] if self.pooling.layers == "last" else states[:, self.skip :]
         return pool_rows(self.pooling, rows, batch, size)
+
+    def layers(self, states: int) -> tuple[int, ...]:
+        """Numbers of the hidden states that it reads, of so many."""
+        return (states - 1,) if self.pooling.layers == "last" else tuple(range(self.skip, states))
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,8 @@ class TrainedGNN:
     """A network with its readout and head, at the epoch that did best on the validation part.
 
     Attributes:
-        network, readout, head: the trained modules, in eval mode.
+        network, readout, head: the trained modules, in eval mode, on the device of the training.
+        classes: names in label order.
         epoch: the chosen epoch, from 1.
         validation, test: accuracy there.
         floored: share of test graphs whose layer scores had cancelled, so that the floor acted; 0 where the readout
@@ -105,6 +114,7 @@ class TrainedGNN:
     network: GraphNetwork
     readout: nn.Module
     head: nn.Linear
+    classes: tuple[str, ...]
     epoch: int
     validation: float
     test: float
@@ -113,8 +123,36 @@ class TrainedGNN:
     seconds: float
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the network; ``load_backbone("pyg:FOLDER")`` loads it frozen."""
+        """Write the network, and into ``readout`` below it the readout with its head, where that has a name.
+
+        ``load_backbone("pyg:FOLDER")`` and ``Readout.from_pretrained("FOLDER/readout")`` load them, frozen.
+        """
         save_network(self.network, folder)
+        if isinstance(self.readout, PooledHistory):
+            self.as_readout(folder).save_pretrained(Path(folder) / "readout")
+
+    def as_readout(self, backbone_folder: str | os.PathLike[str]) -> Readout:
+        """Readout and head as a :class:`~cenote.probe.readout.Readout` of the network's features, to save or push.
+
+        Args:
+            backbone_folder: where :meth:`save` wrote, or will write, the network; ``"pyg:FOLDER"`` is recorded.
+
+        Raises:
+            ValueError: a readout that a function made, which a configuration cannot name.
+        """
+        if not isinstance(self.readout, PooledHistory):
+            kind = type(self.readout).__name__
+            raise ValueError(f"only a readout given by name can be built again from a configuration, got {kind}")
+        network = self.network.config
+        # The head was trained on bare vectors: a standardisation that changes nothing.
+        norm = nn.BatchNorm1d(self.readout.out_dim, eps=0.0, affine=False)
+        config = ReadoutConfig(
+            pooling=self.readout.spec, dim=network.hidden, layers=self.readout.layers(network.layers + 1),
+            tokens="both", task="classification", outputs=len(self.classes), classes=self.classes,
+            backbone=f"pyg:{os.fspath(backbone_folder)}",
+            backbone_fingerprint=weights_digest(self.network, dataclasses.asdict(network)), norm_eps=norm.eps,
+        )  # fmt: skip
+        return Readout(config, copy.deepcopy(self.readout.pooling).cpu(), norm, copy.deepcopy(self.head).cpu())
 
 
 class GraphBatch(NamedTuple):
@@ -130,31 +168,39 @@ class PackedGraphs:
     """One part of a data set in memory.
 
     ``x`` holds what nodes carry: features, or the hidden states of a frozen network.
+
+    Args:
+        split: of a set of graphs.
+        device: where the graphs are held, and the batches taken.
     """
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, device: torch.device | str = "cpu") -> None:
         graphs = [split.items[number] for number in range(len(split))]
-        self.x = torch.cat([graph.x for graph in graphs])
-        self.edges = torch.cat([graph.edge_index for graph in graphs], dim=1)
-        self.nodes = torch.tensor([len(graph.x) for graph in graphs])
-        self.links = torch.tensor([graph.edge_index.shape[1] for graph in graphs])
-        self.targets = split.targets
+        self.x = torch.cat([graph.x for graph in graphs]).to(device)
+        self.edges = torch.cat([graph.edge_index for graph in graphs], dim=1).to(device)
+        self.nodes = torch.tensor([len(graph.x) for graph in graphs], device=device)
+        self.links = torch.tensor([graph.edge_index.shape[1] for graph in graphs], device=device)
+        self.targets = split.targets.to(device)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, index: Int[Tensor, "graphs"]) -> GraphBatch:
         """Some of the graphs."""
+        index = index.to(self.nodes.device)
         nodes, links = self.nodes[index], self.links[index]
         rows, edges = _ranges(_starts(self.nodes)[index], nodes), _ranges(_starts(self.links)[index], links)
         shift = torch.repeat_interleave(_starts(nodes), links)
-        owner = torch.repeat_interleave(torch.arange(len(index)), nodes)
+        owner = torch.repeat_interleave(torch.arange(len(index), device=index.device), nodes)
         return GraphBatch(self.x[rows], self.edges[:, edges] + shift, owner, self.targets[index])
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[GraphBatch]:
-        """All graphs, shuffled where a generator is given."""
+        """All graphs, shuffled where a generator (of the CPU, so that the order is the same everywhere) is given."""
         count = len(self)
-        order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+        shuffled = generator is not None
+        order = (
+            torch.randperm(count, generator=generator, device="cpu") if shuffled else torch.arange(count, device="cpu")
+        )
         for index in order.split(size):
             yield self.take(index)
 
@@ -173,6 +219,7 @@ def train_gnn(
     readout: MakeReadout = "mean",
     settings: GNNSettings | None = None,
     progress: Progress = lambda line: None,
+    device: torch.device | str = "cpu",
 ) -> TrainedGNN:
     """Train a graph network, a readout and a linear head together.
 
@@ -183,18 +230,20 @@ def train_gnn(
             function that makes a :class:`HistoryReadout`.
         settings: of network and training.
         progress: called with a line of text every ten epochs.
+        device: where network, readout and all graphs live. The initial weights and the order of the graphs are those
+            of the CPU; it has been run on CPUs only.
 
     Raises:
         ValueError: data that is not graphs with classes, an unknown kind or readout.
     """
     settings = settings or GNNSettings()
-    parts = _parts(data)
+    parts = _parts(data, device)
     width = parts[0].x.shape[1]
     config = GraphNetworkConfig(
         kind, width, settings.hidden, settings.layers, norm=settings.norm, dropout=settings.dropout
     )
-    network = build_network(config, settings.seed)
-    return _train(network, parts, data, readout, settings, progress, frozen=False)
+    network = build_network(config, settings.seed).to(device)
+    return _train(network, parts, data, readout, settings, progress, device, frozen=False)
 
 
 def train_head(
@@ -204,18 +253,19 @@ def train_head(
     settings: GNNSettings | None = None,
     progress: Progress = lambda line: None,
     cache_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> TrainedGNN:
     """Train a readout and a linear head on a frozen network's history, which is computed once and kept.
 
     Args:
         network: left as it is; no gradient reaches it.
-        data, readout, settings, progress: as for :func:`train_gnn`.
+        data, readout, settings, progress, device: as for :func:`train_gnn`.
         cache_dtype: of the kept history; ``torch.float16`` halves it.
     """
     settings = settings or GNNSettings()
-    network = copy.deepcopy(network).eval().requires_grad_(False)
-    parts = tuple(part.with_states(network, cache_dtype) for part in _parts(data))
-    return _train(network, parts, data, readout, settings, progress, frozen=True)
+    network = copy.deepcopy(network).to(device).eval().requires_grad_(False)
+    parts = tuple(part.with_states(network, cache_dtype) for part in _parts(data, device))
+    return _train(network, parts, data, readout, settings, progress, device, frozen=True)
 
 
 def _train(
@@ -225,16 +275,17 @@ def _train(
     readout: MakeReadout,
     settings: GNNSettings,
     progress: Progress,
+    device: torch.device | str,
     frozen: bool,
 ) -> TrainedGNN:
     start = time.perf_counter()
     states = network.config.layers + 1
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(settings.seed)
         make = (lambda dim, n: PooledHistory(readout, dim, n)) if isinstance(readout, str) else readout
         read: Any = make(network.config.hidden, states)
         head = nn.Linear(read.out_dim, len(data.classes))
-        model = nn.ModuleDict({"readout": read, "head": head} | ({} if frozen else {"network": network}))
+        model = nn.ModuleDict({"readout": read, "head": head} | ({} if frozen else {"network": network})).to(device)
 
         def outputs(batch: GraphBatch) -> Tensor:
             history = batch.x.to(head.weight.dtype) if frozen else network(batch.x, batch.edge_index)
@@ -245,7 +296,7 @@ def _train(
     floored, largest = _weights(read, network, parts[2], frozen)
     model.eval().requires_grad_(False)
     seconds = time.perf_counter() - start
-    return TrainedGNN(network.eval(), read, head, epoch, validation, test, floored, largest, seconds)
+    return TrainedGNN(network.eval(), read, head, data.classes, epoch, validation, test, floored, largest, seconds)
 
 
 def _fit(
@@ -352,39 +403,46 @@ def cross_validate(
     frozen: bool = False,
     path: str | os.PathLike[str] | None = None,
     progress: Progress = lambda line: None,
+    device: torch.device | str = "cpu",
 ) -> CrossValidation:
     """Ten-fold protocol: fold k is the test part, k + 1 the validation part that chooses the epoch, the rest trains.
 
     Args:
-        kind, readout, settings: as for :func:`train_gnn`.
+        kind, readout, settings, device: as for :func:`train_gnn`.
         data: a set of graphs for :func:`cenote.data.load_data`, ``"tu:MUTAG"`` or an archive.
         folds: which folds to run.
         frozen: train the network with the mean readout first, then the readout on its frozen history.
-        path: JSON file that keeps finished folds; the same call goes on behind them.
+        path: JSON file that keeps finished folds; the same call on the same graphs goes on behind them. Functions
+            that make readouts are told apart by name.
         progress: called with a line of text for every fold.
 
     Raises:
-        ValueError: a ``path`` that belongs to another configuration, or what :func:`train_gnn` refuses.
+        ValueError: a ``path`` that belongs to another configuration or to other graphs, a lambda or another readout
+            without a name where there is a ``path``, or what :func:`train_gnn` refuses.
     """
     settings = settings or GNNSettings()
-    name = readout if isinstance(readout, str) else getattr(readout, "__name__", type(readout).__name__)
+    name = readout if isinstance(readout, str) else getattr(readout, "__name__", "<lambda>")
     key = {
         "kind": kind, "data": Path(data).name, "readout": name, "frozen": frozen, **dataclasses.asdict(settings),
     }  # fmt: skip
     done: dict[str, dict[str, float]] = {}
-    if path is not None and Path(path).exists():
-        kept = json.loads(Path(path).read_text())
-        if kept["key"] != key:
-            raise ValueError(f"{path} belongs to another configuration: {kept['key']}, expected {key}")
-        done = kept["folds"]
+    if path is not None:
+        if name == "<lambda>":
+            raise ValueError("kept folds are told apart by the readout's name: give a named function, or no path")
+        key["fingerprint"] = _fingerprint(data)
+        if Path(path).exists():
+            kept = json.loads(Path(path).read_text())
+            if kept["key"] != key:
+                raise ValueError(f"{path} belongs to another configuration: {kept['key']}, expected {key}")
+            done = kept["folds"]
     for fold in folds:
         if str(fold) in done:
             continue
         loaded = load_data(data, fold=fold)
-        run = train_gnn(kind, loaded, "mean" if frozen else readout, settings)
+        run = train_gnn(kind, loaded, "mean" if frozen else readout, settings, device=device)
         seconds = run.seconds
         if frozen:
-            run = train_head(run.network, loaded, readout, settings)
+            run = train_head(run.network, loaded, readout, settings, device=device)
             seconds += run.seconds
         done[str(fold)] = {
             "accuracy": run.test, "validation": run.validation, "epoch": run.epoch, "floored": run.floored,
@@ -398,10 +456,17 @@ def cross_validate(
     return CrossValidation(f"{kind} {name}", tuple(folds), tuple(row["accuracy"] for row in rows), tuple(rows))
 
 
-def _parts(data: Data) -> tuple[PackedGraphs, PackedGraphs, PackedGraphs]:
+def _fingerprint(data: str) -> str:
+    """Of the graphs, their labels and their folds."""
+    loaded = load_data(data, fold=0)
+    parts = (loaded.train, loaded.validation, loaded.test)
+    return hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+
+
+def _parts(data: Data, device: torch.device | str) -> tuple[PackedGraphs, PackedGraphs, PackedGraphs]:
     if data.modality != "graph" or data.task != "classification":
         raise ValueError(f"expected graphs with classes, got {data.modality}s for {data.task} in {data.name}")
-    return PackedGraphs(data.train), PackedGraphs(data.validation), PackedGraphs(data.test)
+    return PackedGraphs(data.train, device), PackedGraphs(data.validation, device), PackedGraphs(data.test, device)
 
 
 def _starts(counts: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
@@ -410,4 +475,6 @@ def _starts(counts: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
 
 def _ranges(starts: Int[Tensor, "n"], counts: Int[Tensor, "n"]) -> Int[Tensor, "total"]:
     """``starts[i], starts[i] + 1, ...`` of ``counts[i]`` numbers, one range behind the other."""
-    return torch.repeat_interleave(starts - _starts(counts), counts) + torch.arange(int(counts.sum()))
+    return torch.repeat_interleave(starts - _starts(counts), counts) + torch.arange(
+        int(counts.sum()), device=counts.device
+    )
