@@ -148,6 +148,31 @@ class TestRetrieval:
         assert len(data.test.queries) == 1
         assert len(data.test.documents) == 2
 
+    def test_a_query_that_is_a_document_is_not_found_as_its_own_answer(self, tmp_path):
+        said = {"q1": "who purrs", "q2": "who barks", "q3": "who spies", "q4": "who swims", "x": "x"}
+        corpus = [(name, f"title {name}", text) for name, text in said.items()]
+        judged = {"train": [("q1", "x", 1), ("q2", "x", 1)], "test": [("q3", "x", 1), ("q4", "q4", 1)]}
+        data = load_judged(beir(tmp_path / "b", judged, corpus), "retrieval", validation_fraction=0.5)
+        pairs = [
+            (texts(data, part.queries[part.excluded[:, 0]]), texts(data, part.documents[part.excluded[:, 1]]))
+            for part in (data.train, data.validation, data.test)
+        ]
+        # q4 is judged relevant to itself.
+        assert pairs[2] == (["who spies"], ["title q3 who spies"])
+        assert sorted(pairs[:2]) == [
+            (["who barks"], ["title q2 who barks"]),
+            (["who purrs"], ["title q1 who purrs"]),
+        ]
+        fewer = data.test.with_documents(np.array([2, 3, 4]))
+        assert fewer.excluded.tolist() == [[0, 0]]
+        assert (fewer.documents[fewer.document] == data.test.documents[data.test.document]).all()
+
+    def test_documents_that_merely_have_a_query_s_number_are_searched(self, tmp_path):
+        corpus = [(name, "", f"something else {name}") for name in ("q1", "q2", "q3", "q4")]
+        judged = {"train": [("q1", "q2", 1), ("q2", "q1", 1)], "test": [("q3", "q1", 1), ("q4", "q1", 1)]}
+        data = load_judged(beir(tmp_path / "b", judged, corpus), "retrieval", validation_fraction=0.5)
+        assert len(data.test.excluded) == 0
+
     def test_limit_keeps_judged_documents(self, tmp_path):
         data = load_judged(beir(tmp_path / "b"), "retrieval", limit=1, validation_fraction=0.5)
         assert len(data.test.queries) == 1
@@ -214,6 +239,70 @@ class TestVerification:
         assert data.train.names == ("dee", "eve")
         assert len(data) == 10
         assert data.items[int(data.train.items[0])].size == (6, 4)
+
+    def test_a_validation_part_of_other_speakers_is_judged_by_trials(self, tmp_path):
+        def rows(part, speakers, each):
+            return [
+                {"text": f"{part} {i} of {who}", "speaker_id": who, "split": part}
+                for who in speakers
+                for i in range(each)
+            ]
+
+        path = tmp_path / "train.csv"
+        parts = rows("train", [1, 2, 3], 4) + rows("validation", [3, 7, 8], 3)
+        pd.DataFrame(parts).to_csv(path, index=False)
+        (tmp_path / "own").mkdir()
+        tested = self.speakers(tmp_path / "own", ["test"] * 9)
+        data = load_judged(tested, "verification", train_on=path)
+        assert not data.chosen_by_labels
+        assert data.train.names == ("1", "2", "3")
+        assert len(data.train.label) == 12
+        assert (len(data.validation.value), data.validation.value.sum()) == (36, 9)
+        for first, second, value in zip(
+            data.validation.first, data.validation.second, data.validation.value, strict=True
+        ):
+            one, other = (data.items[int(i)].split() for i in (first, second))
+            assert one[0] == other[0] == "validation"
+            assert (one[3] == other[3]) == bool(value)
+        clusters = load_judged(tested, "clustering", train_on=path, label_column="speaker_id")
+        assert not clusters.chosen_by_labels
+        assert clusters.validation.names == ("3", "7", "8")
+        assert len(clusters.validation.items) == 9
+        # Known speakers only: their labels are predicted. No pair of one speaker: a part of the training is held out.
+        pd.DataFrame(rows("train", [1, 2, 3], 4) + rows("validation", [1, 3], 2)).to_csv(path, index=False)
+        assert load_judged(tested, "verification", train_on=path).chosen_by_labels
+        pd.DataFrame(rows("train", [1, 2, 3], 4) + rows("validation", [7, 8], 1)).to_csv(path, index=False)
+        data = load_judged(tested, "verification", train_on=path)
+        assert data.chosen_by_labels
+        assert len(data.train.label) + len(data.validation.label) == 12
+        assert "the validation part of" in data.notes[0]
+
+    def test_a_training_part_too_small_to_hold_out_of_is_left_out_with_a_note(self, tmp_path):
+        test = image_folder(tmp_path / "faces", {"ann": 6, "bob": 6})
+        other = image_folder(tmp_path / "train_faces", {"dee": 2, "eve": 2, "flo": 2, "gil": 2})
+        for limit in (3, 4):
+            data = load_judged(test, "verification", train_on=other, limit=limit)
+            assert (data.train, data.validation) == (None, None)
+            assert "is not used: it has too few items a class" in data.notes[0]
+            assert len(data.test.value) == limit * (limit - 1) // 2
+        data = load_judged(test, "verification", train_on=other, limit=5)
+        assert (len(data.train.label), len(data.validation.label), data.notes) == (4, 1, ())
+        only = image_folder(tmp_path / "one", {"hal": 4})
+        data = load_judged(test, "verification", train_on=only)
+        assert data.train is None
+        assert "one class only (hal)" in data.notes[0]
+
+    def test_the_label_column_holds_for_the_training_set_where_it_is_there(self, tmp_path):
+        frame = pd.DataFrame({"text": [f"t{i}" for i in range(12)], "room": list("ab") * 6, "label": list("xyz") * 4})
+        frame.to_csv(tmp_path / "test.csv", index=False)
+        frame.assign(text=[f"u{i}" for i in range(12)]).to_csv(tmp_path / "both.csv", index=False)
+        frame.drop(columns="room").to_csv(tmp_path / "label.csv", index=False)
+        for name, classes in (("both", ("a", "b")), ("label", ("x", "y", "z"))):
+            data = load_judged(
+                tmp_path / "test.csv", "clustering", label_column="room", train_on=tmp_path / f"{name}.csv"
+            )
+            assert data.test.names == ("a", "b")
+            assert data.train.names == classes
 
     def test_trials_from_a_file(self, tmp_path):
         faces = image_folder(tmp_path / "faces", {"ann": 2, "bob": 2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -83,6 +84,22 @@ def labelled(task: str, classes: int = 6, train: int = 20, test: int = 8, traine
     else:
         judged = Labels(tested, kinds[start:] - fresh, names)
     return JudgedData("planted", "text", task, items, ids, f"{task} {classes} {train} {test}", *parts, judged)
+
+
+def with_other_classes(data: JudgedData, classes: int = 5, size: int = 12) -> JudgedData:
+    """The same data with a validation part of classes that are neither trained on nor tested."""
+    numbers = [(300 + kind, n) for kind in range(classes) for n in range(size)]
+    items, ids = named(numbers)
+    start = len(data)
+    place, kinds = start + np.arange(len(items)), np.repeat(np.arange(classes), size)
+    validation: Labels | Pairs = Labels(place, kinds, tuple(f"v{i}" for i in range(classes)))
+    if data.task == "verification":
+        rows, columns = np.triu_indices(len(items), 1)
+        validation = Pairs(place[rows], place[columns], (kinds[rows] == kinds[columns]).astype(float))
+    return replace(
+        data, items=[*data.items, *items], ids=(*data.ids, *ids), validation=validation,
+        fingerprint=f"{data.fingerprint} and others",
+    )  # fmt: skip
 
 
 def pairs_data(count: int = 150, classes: int = 5, parts: tuple[float, float] = (0.5, 0.7)) -> JudgedData:

@@ -12,8 +12,11 @@ from cenote.probe import judged_training, probe
 from cenote.probe.display import Quiet
 from cenote.probe.embedding_readout import EmbeddingReadout
 from cenote.probe.judged import probe_judged
+from cenote.probe.judged_run import JudgedRun
+from cenote.probe.judged_vectors import Vectors
+from cenote.probe.statistics import Bootstrap
 from cenote.tuning.embedding import ContrastiveSettings
-from probe.planted import PlantedBackbone, labelled, pairs_data, relevance_data
+from probe.planted import PlantedBackbone, labelled, pairs_data, relevance_data, with_other_classes
 
 FREE = "mean,max,cls"
 LEARNED = "efficient_probing(num_queries=2)"
@@ -95,6 +98,71 @@ def test_without_training_part_only_fixed_readouts_and_a_note(tmp_path):
     assert result.settings["normalise"] == "none"
     with pytest.raises(ValueError, match="has to be trained"):
         run(labelled("verification", trained=False), LEARNED, tmp_path)
+
+
+def test_what_cannot_be_judged_is_refused_before_the_backbone_is_asked(tmp_path):
+    backbone = PlantedBackbone()
+    untrained = dataclasses.replace(labelled("verification", trained=False), notes=("its training part was too small",))
+    with pytest.raises(ValueError, match=r"has to be trained; its training part was too small"):
+        run(untrained, LEARNED, tmp_path, backbone=backbone)
+    with pytest.raises(ValueError, match="knn names classes"):
+        run(untrained, "mean,knn", tmp_path, backbone=backbone)
+    assert backbone.calls == 0
+
+
+@pytest.mark.parametrize("task", ["verification", "clustering"])
+@pytest.mark.parametrize("normalise", ["auto", "none"])
+def test_other_classes_choose_settings_by_the_task_itself(task, normalise, tmp_path, monkeypatch):
+    data = with_other_classes(labelled(task, classes=4, train=12))
+    groups = []
+    judge_group = JudgedRun._judge_group
+    monkeypatch.setattr(JudgedRun, "_judge_group", lambda *given: (groups.append(given[1]), judge_group(*given))[1])
+    result = run(
+        data, f"mean,{LEARNED}", tmp_path, epochs=6, lrs=[1e-4, 1e-2], query_factors=[1.0], normalise=normalise,
+        out=tmp_path / "out",
+    )  # fmt: skip
+    rows = {row.readout: row for row in result.rows}
+    metric = rows["mean"].metric
+    assert result.settings["chosen_by"] == metric
+    assert any(f"chosen by {metric} on validation items of other classes" in note for note in result.notes)
+    # What was written down is the task's score of the vectors of the kept states.
+    (group,) = groups
+    judge = judged_training.validation_judge(data)
+    scores, backbone = [], PlantedBackbone()
+    for member in range(len(group.stack.members)):
+        pooling, norm, _ = group.stack.member(group.best, member)
+        table = []
+        for item in [data.items[int(i)] for i in judge.items]:
+            features = backbone(backbone.collate([item]), "last")
+            table.append(pooling(features.hidden[:, 0], features.mask))
+        vectors = torch.cat(table).detach()
+        vectors = norm(vectors) if normalise == "auto" else vectors
+        place = np.full(len(data), -1)
+        place[judge.items] = np.arange(len(judge.items))
+        scores.append(judge.score(judge.outputs(Vectors(vectors, place)), judge.targets))
+    slack = 1e-3 if task == "verification" else 0.03  # rounding can move an item to another cluster
+    np.testing.assert_allclose(group.best_score, scores, atol=slack)
+    chosen = [i for i, member in enumerate(group.stack.members) if member.lr == rows[LEARNED].lr]
+    assert rows[LEARNED].validation == pytest.approx(np.mean([scores[i] for i in chosen]), abs=slack)
+    assert 0.4 < rows["mean"].validation <= 1 if task == "verification" else rows["mean"].validation >= 0
+
+
+def test_the_same_classes_choose_settings_by_accuracy_and_a_note_says_so(verified):
+    assert verified[0].settings["chosen_by"] == "accuracy"
+    assert any("accuracy on validation items of the classes trained on" in note for note in verified[0].notes)
+
+
+@pytest.mark.parametrize(("task", "low"), [("verification", 0.0), ("similarity", -1.0), ("clustering", 0.0)])
+def test_draws_beyond_the_range_are_clipped(task, low, tmp_path, monkeypatch):
+    data = pairs_data() if task == "similarity" else labelled(task)
+
+    def wide(self, outputs):
+        estimate = np.array([self.score(each[0], self.targets) for each in outputs])
+        return Bootstrap(estimate, estimate[:, None] + np.linspace(-5, 5, 100), len(self.targets))
+
+    monkeypatch.setattr("cenote.probe.judged_scores._Resampled.bootstrap", wide)
+    (row,) = run(data, "mean", tmp_path).rows
+    assert (row.ci_low, row.ci_high) == (low, 1.0)
 
 
 def test_standardisation_by_training_vectors_is_a_choice(tmp_path):
@@ -193,6 +261,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     cut = run(pairs_data(), names, tmp_path, out=tmp_path / "cut")
     assert len(cut.rows) == 2
     assert any("interrupted" in note for note in cut.notes)
+    assert (cut.interrupted, expected.interrupted) == (True, False)
     stub(monkeypatch, record)
     resumed = run(pairs_data(), names, tmp_path, out=tmp_path / "cut", resume=True)
     assert len(record) == 4 + 2 * 3

@@ -1,5 +1,7 @@
 """Scores of the judged tasks against scipy and scikit-learn."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +113,12 @@ def test_the_bootstrap_is_around_the_score_and_paired(task):
 def test_judgements_must_fit_the_task():
     with pytest.raises(ValueError, match="retrieval cannot be judged by Pairs"):
         judge_of("retrieval", pairs())
+
+
+def test_the_query_itself_does_not_stand_in_the_way():
+    table = torch.tensor([[1.0, 0], [1, 0], [0.9, 0.1], [0, 1]])
+    relevance = Relevance(np.array([0]), np.array([1, 2, 3]), np.array([0]), np.array([1]), np.ones(1))
+    vectors = Vectors(table, np.arange(4))
+    second = judge_of("retrieval", relevance).outputs(vectors)[0, 3]
+    alone = dataclasses.replace(relevance, excluded=np.array([[0, 0]]))
+    assert (second, judge_of("retrieval", alone).outputs(vectors)[0, 3]) == (0.5, 1.0)

@@ -68,6 +68,28 @@ def test_places_give_scikit_learns_ndcg(index):
     np.testing.assert_allclose(ndcg(found, query, grade, 9, 10), expected, atol=1e-7)
 
 
+@pytest.mark.parametrize("index", ["exact", "flat"])
+def test_excluded_documents_are_out_of_the_ranking_of_their_query_only(index, monkeypatch):
+    if index == "flat":
+        pytest.importorskip("faiss")
+    monkeypatch.setattr(module, "BLOCK", 700)  # three queries at a time
+    queries, documents = case()
+    query, document = np.repeat(np.arange(9), 3), np.tile([4, 50, 120], 9)
+    nearest = search(queries, documents, 1, index="exact").documents[:, 0].numpy()
+    excluded = np.stack([np.arange(9), nearest], axis=1)[1:]
+    excluded = np.concatenate([excluded, [[3, 50]]])
+    found = rank_judged(queries, documents, query, document, index=index, excluded=excluded)
+    for at, (q, d) in enumerate(zip(query, document, strict=True)):
+        out = excluded[excluded[:, 0] == q, 1]
+        kept = np.setdiff1d(np.arange(200), out)
+        if d in out:
+            assert found.tied[at] == 0
+            continue
+        scores = (F.normalize(queries[[q]]) @ F.normalize(documents).T).numpy()[0]
+        assert found.above[at] == (scores[kept] > scores[d]).sum()
+        assert found.tied[at] == 1
+
+
 def test_choice_by_size(monkeypatch):
     assert chosen_index(1000) == "exact"
     monkeypatch.setattr(module, "FAISS_FROM", 100)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import os
 import random
@@ -82,6 +83,9 @@ class TestExamples:
         queries, positives = examples.draw(np.arange(3), RNG)
         assert (queries.tolist(), positives.tolist()) == ([100, 100, 101], [3, 4, 0])
         assert set(examples.negatives(np.array([100]), 50, RNG).items.ravel().tolist()) == {0, 1, 2}
+        alone = examples_of(dataclasses.replace(relevance, excluded=np.array([[0, 1]])), 0.8, 0.4)
+        drawn = alone.negatives(np.array([100]), 50, RNG)
+        assert set(drawn.items[drawn.valid].tolist()) == {0, 2}
 
     def test_labels(self):
         given = labels([0, 0, 0, 1, 1, 2, *[0] * 50])

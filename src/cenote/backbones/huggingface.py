@@ -12,6 +12,7 @@ from torch import nn
 
 from cenote.backbones.base import Backbone
 from cenote.backbones.fingerprint import weights_digest
+from cenote.backbones.options import built
 
 KNOWN = (
     "BAAI/bge-base-en-v1.5", "FacebookAI/roberta-base", "FacebookAI/xlm-roberta-base", "Qwen/Qwen2.5-0.5B",
@@ -135,7 +136,7 @@ def load_huggingface(
     if kind == "pixel_values":
         from cenote.backbones.huggingface_vision import HuggingFaceVision
 
-        return HuggingFaceVision(loaded, **options)
+        return built(HuggingFaceVision, f"hf:{name}", loaded, **options)
     if kind == "input_ids" and not getattr(loaded.config, "is_encoder_decoder", False):
         from cenote.backbones.huggingface_text import HuggingFaceText
 
@@ -145,15 +146,15 @@ def load_huggingface(
             changed = make_bidirectional(loaded.module)
             loaded.module = loaded.module if changed is None else changed
             loaded.bidirectional = True
-        return HuggingFaceText(loaded, **options)
+        return built(HuggingFaceText, f"hf:{name}", loaded, **options)
     if kind == "input_features" and loaded.config.model_type == "whisper":
         from cenote.backbones.huggingface_whisper import HuggingFaceWhisper
 
-        return HuggingFaceWhisper(loaded, **options)
+        return built(HuggingFaceWhisper, f"hf:{name}", loaded, **options)
     from cenote.backbones.huggingface_audio import WAVEFORM_FAMILIES, HuggingFaceWaveform
 
     if loaded.config.model_type in WAVEFORM_FAMILIES:
-        return HuggingFaceWaveform(loaded, **options)
+        return built(HuggingFaceWaveform, f"hf:{name}", loaded, **options)
     raise ValueError(
         f"{name!r} is a {type(loaded.module).__name__}: a backbone is a vision encoder, a text encoder or decoder, "
         f"or a speech encoder ({', '.join(WAVEFORM_FAMILIES)}, whisper)"

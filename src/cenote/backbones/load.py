@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
+from cenote.backbones.options import built
+
 if TYPE_CHECKING:
     import torch
 
@@ -42,8 +44,8 @@ def load_backbone(
             clips, say.
 
     Raises:
-        ValueError: unknown scheme or name (nearest names suggested), an option that does not apply to the scheme, or a
-            checkpoint of a kind that has no token features.
+        ValueError: unknown scheme or name (nearest names suggested), an option that does not apply to the scheme or
+            that the backbone does not take, or a checkpoint of a kind that has no token features.
         ImportError: the library that serves the scheme is missing; the message names the extra to install.
     """
     if not isinstance(spec, str) or not spec.strip():
@@ -59,17 +61,17 @@ def load_backbone(
     if scheme == "embedded":
         from cenote.backbones.embedded import EmbeddedBackbone
 
-        return EmbeddedBackbone(name or None, device=device, dtype=torch_dtype(dtype), **options)
+        return built(EmbeddedBackbone, spec, name or None, device=device, dtype=torch_dtype(dtype), **options)
     if not name:
         raise ValueError(f"{spec!r} names no model: write '{scheme}:NAME'")
     if scheme == "timm":
         from cenote.backbones.timm import TimmBackbone
 
-        return TimmBackbone(name, device=device, dtype=torch_dtype(dtype), **options)
+        return built(TimmBackbone, spec, name, device=device, dtype=torch_dtype(dtype), **options)
     if scheme == "kwt":
         from cenote.backbones.keyword_transformer import KeywordTransformerBackbone
 
-        return KeywordTransformerBackbone(name, device=device, dtype=torch_dtype(dtype), **options)
+        return built(KeywordTransformerBackbone, spec, name, device=device, dtype=torch_dtype(dtype), **options)
     if scheme == "pyg":
         from cenote.backbones.pyg import load_pyg
 

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
+
+    from cenote.data.base import Skipped
 
 SHOWN_ROWS = 200
 
@@ -35,7 +39,9 @@ def command(
             help="Images, sounds or folders of them; or texts, .txt files (a text a line), .csv or .tsv files.",
         ),
     ],
-    top: Annotated[int, typer.Option(min=1, help="Classes listed for each input.")] = 3,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Classes listed for each input. [default: 3]", show_default=False)
+    ] = None,
     json_out: Annotated[
         Path | None,
         typer.Option(
@@ -46,8 +52,14 @@ def command(
     csv_out: Annotated[Path | None, typer.Option("--csv", help="Also write them as CSV; '-' as above.")] = None,
     vectors: Annotated[
         Path | None,
-        typer.Option(help="Where READOUT comes from a judged task: write its vectors to this .npy or .parquet file."),
+        typer.Option(
+            help="Where READOUT comes from a judged task: write its vectors to this .parquet file, or to this .npy "
+            "file, with their names in a .json beside it."
+        ),
     ] = None,
+    documents: Annotated[
+        bool, typer.Option("--documents", help="With --vectors: the inputs are documents, and not queries.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs in one pass through the backbone.")] = 32,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
     on_error: Annotated[
@@ -83,6 +95,8 @@ def command(
       cenote predict best clip.wav recordings/
 
       cenote predict best reviews.csv --column review --csv out.csv
+
+      cenote predict best corpus.csv --documents --vectors corpus.npy
     """
     to_stdout = [target for target in (json_out, csv_out) if str(target) == "-"]
     if len(to_stdout) > 1:
@@ -92,10 +106,19 @@ def command(
 
     check_kind(readout, vectors)
     if vectors is not None:
+        for option, given in (("--top", top), ("--json", json_out), ("--csv", csv_out)):
+            if given is not None:
+                raise ValueError(f"{option} is for labels and values, and --vectors writes vectors")
         _check_device(device)
         loading = {"backbone": backbone, "device": device, "trust_remote_code": trust_remote_code}
-        write_vectors(readout, inputs, vectors, batch_size, column, revision, loading)
+        skipped, count = write_vectors(
+            readout, inputs, vectors, batch_size, column, revision, loading, documents=documents,
+            skip=on_error is OnError.skip, allow_other_backbone=allow_other_backbone,
+        )  # fmt: skip
+        _list_skipped(skipped, count)
         return
+    if documents:
+        raise ValueError("--documents goes with --vectors: a readout with a head knows no documents")
 
     from cenote.backbones import load_backbone
     from cenote.probe.inputs import read_inputs
@@ -118,7 +141,7 @@ def command(
         network,
         items,
         batch_size,
-        top=top,
+        top=3 if top is None else top,
         ids=ids,
         on_error="skip" if on_error is OnError.skip else "raise",
         allow_other_backbone=True,
@@ -130,8 +153,12 @@ def command(
         _write(json_out, frame.to_json(orient="records", force_ascii=False, indent=2) + "\n")
     if not to_stdout:
         _print(frame)
+    _list_skipped(skipped, len(ids))
+
+
+def _list_skipped(skipped: Sequence[Skipped], count: int) -> None:
     if skipped:
-        typer.echo(f"left out {len(skipped)} of {len(ids)} inputs that could not be read:", err=True)
+        typer.echo(f"left out {len(skipped)} of {count} inputs that could not be read:", err=True)
         for item in skipped:
             typer.echo(f"  {item.id}: {item.reason}", err=True)
 

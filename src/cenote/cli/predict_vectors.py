@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from cenote.data.base import Skipped
 
 
 def check_kind(readout: str, vectors: Path | None) -> None:
@@ -33,29 +36,49 @@ def check_kind(readout: str, vectors: Path | None) -> None:
 
 def write_vectors(
     readout: str, inputs: list[str], target: Path, batch_size: int, column: str | None, revision: str | None,
-    options: dict[str, Any],
-) -> None:  # fmt: skip
-    """Read inputs, encode them, and write ``(inputs, width)`` as .npy, or a table of item and vector as .parquet."""
+    options: dict[str, Any], *, documents: bool = False, skip: bool = False, allow_other_backbone: bool = False,
+) -> tuple[tuple[Skipped, ...], int]:  # fmt: skip
+    """Read inputs, encode them, and write a table of item and vector as .parquet, or ``(inputs, width)`` as .npy and
+    the names of its rows as a list in a .json file beside it.
+
+    Returns:
+        What could not be read and was left out, and how many inputs there were.
+    """
     import numpy as np
     import pandas as pd
 
     from cenote.backbones import load_backbone
-    from cenote.files import write_whole
+    from cenote.files import write_all
     from cenote.probe.embedding_readout import EmbeddingReadout
     from cenote.probe.inputs import read_inputs
 
     loaded = EmbeddingReadout.from_pretrained(readout, revision=revision).to(options["device"])
     config = loaded.config
+    if documents and config.task != "retrieval":
+        raise ValueError(
+            f"--documents is for readouts that retrieval judged, and {readout} was judged by {config.task}"
+        )
     network = load_backbone(
         options["backbone"] or config.backbone, trust_remote_code=options["trust_remote_code"],
         **{"revision": config.revision, **config.backbone_options, "device": options["device"]},
     )  # fmt: skip
     items, ids = read_inputs(inputs, network.modality, column)
-    found = loaded.encode(network, items, batch_size).numpy()
-    buffer = io.BytesIO()
+    if not allow_other_backbone:
+        try:
+            loaded.check_backbone(network)
+        except ValueError as error:
+            raise ValueError(str(error).replace("allow_other_backbone=True", "--allow-other-backbone")) from None
+    found = loaded.encode_named(
+        network, items, batch_size, prompt=config.document_prompt if documents else None, ids=ids,
+        on_error="skip" if skip else "raise", allow_other_backbone=True,
+    )  # fmt: skip
+    vectors, buffer = found.vectors.numpy(), io.BytesIO()
     if target.suffix == ".npy":
-        np.save(buffer, found)
+        np.save(buffer, vectors)
+        names = json.dumps(found.ids, ensure_ascii=False, indent=0) + "\n"
+        write_all(target.parent, {target.with_suffix(".json").name: names, target.name: buffer.getvalue()})
     else:
-        pd.DataFrame({"item": ids, "vector": list(found)}).to_parquet(buffer)
-    write_whole(target, buffer.getvalue())
-    typer.echo(f"{target}: {len(found)} vectors of width {found.shape[1]}")
+        pd.DataFrame({"item": found.ids, "vector": list(vectors)}).to_parquet(buffer)
+        write_all(target.parent, {target.name: buffer.getvalue()})
+    typer.echo(f"{target}: {len(vectors)} vectors of width {vectors.shape[1]}")
+    return found.skipped, len(ids)

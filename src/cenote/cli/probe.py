@@ -15,7 +15,8 @@ def command(
     backbone: Annotated[
         str,
         typer.Option(
-            help="embedded, hf:<id or folder>, timm:<name>, pyg:<folder>, kwt:<folder>, or a hub id (bert-base-uncased)."
+            help="embedded, hf:<id or folder>, timm:<name>, pyg:<folder>, kwt:<folder>, or a hub id "
+            "(bert-base-uncased)."
         ),
     ] = "embedded",
     data: Annotated[
@@ -162,6 +163,15 @@ def command(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many items of each part.", rich_help_panel=DATA)
     ] = None,
+    fold: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=9,
+            help="Graphs: of ten folds the one that is the test part; the next is the validation part.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     on_error: Annotated[
         str, typer.Option(help="raise or skip items that cannot be read.", rich_help_panel=DATA)
     ] = "raise",
@@ -211,6 +221,7 @@ def command(
         "text_column": text_column,
         "label_column": label_column,
         "limit": limit,
+        "fold": fold,
     }
     data_options = {"on_error": on_error, **{key: value for key, value in columns.items() if value is not None}}
     judged = {
@@ -224,6 +235,8 @@ def command(
         "p_target": p_target,
     }
     judged_options = _judged(judged, task, onnx)
+    if fold is not None and task in JUDGED_TASKS:
+        raise ValueError(f"--fold divides sets of graphs with labels, and --task {task} has parts of its own")
     if task in JUDGED_TASKS:
         data_options |= {key: judged_options.pop(key) for key in list(judged_options) if key != "p_target"}
     backbone_options = {
@@ -271,6 +284,8 @@ def command(
                     judged_options=judged_options,
                 )
             )
+            if results[-1].interrupted:
+                break
     for result in results:
         print_table(result)
         if result.open_set is not None:
@@ -279,6 +294,8 @@ def command(
             _export(result.folder / "best", backbone, backbone_options)
     if len(results) > 1:
         print(compare_across(results, folder))
+    if results[-1].interrupted:
+        raise KeyboardInterrupt
 
 
 def _export(best: Path, backbone: str, backbone_options: dict[str, Any]) -> None:

@@ -109,7 +109,8 @@ def _readable(source: Source, row: int, part: str, on_error: str, skipped: list[
 def _report(source: Source, row: int, part: str, reason: str, on_error: str, skipped: list[Skipped]) -> None:
     if on_error == "raise":
         raise ValueError(
-            f"cannot read {source.ids[row]} of {source.name}: {reason} (on_error='skip' leaves such items out)"
+            f"cannot read {source.ids[row]} of {source.name}: {reason} "
+            "(on_error='skip', --on-error skip, leaves such items out)"
         )
     skipped.append(Skipped(part, source.ids[row], reason))
 

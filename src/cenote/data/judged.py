@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from cenote.data.base import Items, Skipped
 from cenote.types import JudgedTask, Modality
@@ -34,6 +34,8 @@ class Relevance:
         documents: item numbers, ``(documents,)``.
         query, document: positions in ``queries`` and ``documents`` of each judged pair, ``(judgements,)``.
         grade: how relevant, above 0, ``(judgements,)``; pairs that are not listed count as 0.
+        excluded: positions of a query and a document that is not searched for it, ``(excluded, 2)``: the query itself
+            where it is also among the documents.
     """
 
     queries: Int[np.ndarray, "queries"]
@@ -41,6 +43,24 @@ class Relevance:
     query: Int[np.ndarray, "judgements"]
     document: Int[np.ndarray, "judgements"]
     grade: Float[np.ndarray, "judgements"]
+    excluded: Int[np.ndarray, "excluded 2"] = field(default_factory=lambda: np.empty((0, 2), dtype=int))
+
+    def with_documents(self, kept: Int[np.ndarray, "kept"]) -> Relevance:
+        """Of some documents, by ascending position; all that are judged must be among them."""
+        rows = np.isin(self.excluded[:, 1], kept)
+        excluded = np.stack([self.excluded[rows, 0], np.searchsorted(kept, self.excluded[rows, 1])], axis=1)
+        return replace(
+            self, documents=self.documents[kept], document=np.searchsorted(kept, self.document), excluded=excluded
+        )
+
+    def with_queries(self, kept: Bool[np.ndarray, "queries"]) -> Relevance:
+        """Of some queries."""
+        rows, outside, number = kept[self.query], kept[self.excluded[:, 0]], np.cumsum(kept) - 1
+        excluded = np.stack([number[self.excluded[outside, 0]], self.excluded[outside, 1]], axis=1)
+        return Relevance(
+            self.queries[kept], self.documents, number[self.query[rows]], self.document[rows], self.grade[rows],
+            excluded,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,9 +97,11 @@ class JudgedData:
         fingerprint: digest of the items.
         train: what readouts are trained on; ``None`` where there is nothing, so that only readouts without parameters
             (and untrained ones, said to be so) can be compared.
-        validation: what settings are chosen on, or ``None``.
+        validation: what settings are chosen on, or ``None``. Where readouts are trained on labels: more items of the
+            same classes, whose labels are predicted; or judgements of the test part's kind on items of other classes.
         test: what is reported.
         skipped: items left out under ``on_error="skip"``.
+        notes: what else a reader must know of how the parts were made.
     """
 
     name: str
@@ -92,6 +114,16 @@ class JudgedData:
     validation: Judgement | None
     test: Judgement
     skipped: tuple[Skipped, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def chosen_by_labels(self) -> bool:
+        """Whether settings are chosen by predicting the labels of the validation part, and not by the task itself."""
+        return (
+            isinstance(self.train, Labels)
+            and isinstance(self.validation, Labels)
+            and self.validation.names == self.train.names
+        )
 
     def __len__(self) -> int:
         return len(self.items)

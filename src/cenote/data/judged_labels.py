@@ -154,8 +154,6 @@ def hold_out_labels(whole: Labels, share: float, seed: int) -> tuple[Labels, Lab
 
 
 def renamed(labels: Labels, names: Sequence[str]) -> Labels:
-    """Labels counted into other class names; items of classes that are not among them are dropped."""
-    number = {name: index for index, name in enumerate(names)}
-    known = np.array([labels.names[label] in number for label in labels.label], dtype=bool)
-    label = np.array([number[labels.names[label]] for label in labels.label[known]], dtype=int)
-    return Labels(labels.items[known], label, tuple(names))
+    """Labels counted into a longer list of class names."""
+    number = np.array([names.index(name) for name in labels.names])
+    return Labels(labels.items, number[labels.label], tuple(names))

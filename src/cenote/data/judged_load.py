@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from cenote.data.base import Skipped
-from cenote.data.judged import JudgedData, Judgement, Pairs
+from cenote.data.judged import JudgedData, Judgement, Labels, Pairs
 from cenote.data.judged_labels import (
     ItemPool,
     Labelled,
@@ -21,10 +21,13 @@ from cenote.data.judged_labels import (
 )
 from cenote.data.judged_pairs import pair_parts
 from cenote.data.judged_retrieval import hold_out_queries, relevance_parts
-from cenote.data.judged_tables import TextPool, Troubles
+from cenote.data.judged_tables import TextPool, Troubles, column_names
 from cenote.data.judged_trials import all_trials, cross_trials, read_trials
 from cenote.data.source import PartName
 from cenote.types import JUDGED_TASKS, JudgedTask
+
+VALIDATION_PAIRS = 10_000
+"""Most validation trials made from labels: they are judged after every epoch of every head."""
 
 
 def load_judged(
@@ -52,7 +55,11 @@ def load_judged(
     """Load data whose vectors are judged by each other.
 
     Where there is a training part but no validation part, one is held out of it. Without a training part nothing is
-    trained on.
+    trained on, nor where labels leave nothing to hold out; a note says so.
+
+    A validation part of labels has the training classes, and then settings are chosen by how well these are told
+    apart; or it has classes of its own (other speakers), and then it is judged by the task itself, as the test part
+    is: all its pairs for verification (at most :data:`VALIDATION_PAIRS`), its clusters for clustering.
 
     * ``"similarity"``: a table (or folder of tables, or hub id) with two texts and a score a row.
     * ``"retrieval"``: a folder with ``corpus``, ``queries`` and ``qrels`` (parquet, or jsonl and tsv as in BEIR).
@@ -66,7 +73,8 @@ def load_judged(
         spec: file, folder, or id of the hub.
         first_column, second_column, score_column: of a table of pairs; guessed from usual names.
         image_column, text_column, audio_column, label_column: of a labelled table; guessed, for verification from the
-            usual names of speakers first.
+            usual names of speakers first. With ``train_on``, ``label_column`` holds there too where a table in a file
+            has a column of that name, and is guessed where none has; the others hold for both.
         split_column: says the part of each row; guessed, ``""`` for none.
         train_on: another data set of the same kind for training: its training part (all of it where it has no parts);
             settings are then chosen on its validation part, for labels else on its test part.
@@ -109,7 +117,11 @@ def load_judged(
         "label_column": label_column, "split_column": split_column,
     }  # fmt: skip
     found = read_labelled(str(spec), task, columns)
-    other = None if train_on is None else read_labelled(str(train_on), task, {**columns, "label_column": None})
+    other = None
+    if train_on is not None:
+        there = column_names(str(train_on))
+        columns["label_column"] = label_column if label_column in there else None
+        other = read_labelled(str(train_on), task, columns)
     if query_prompt and found.source.modality != "text":
         raise ValueError(f"prompts are for texts, and {spec} holds {found.source.modality}s")
     if other is not None and other.source.modality != found.source.modality:
@@ -121,7 +133,9 @@ def load_judged(
         raise ValueError(f"{spec} has no test part")
     items = pool.add(found.source, tested)
     labels = labels_of(found.source, tested, items)
-    train, validation = _training_labels(found, other, pool, troubles, limit, validation_fraction, seed)
+    train, validation, note = _training_labels(
+        found, other, task, pool, troubles, limit, validation_fraction, max_pairs, seed
+    )
     test: Judgement = labels
     if task == "verification":
         numbers = np.full(len(items), -1)
@@ -139,7 +153,7 @@ def load_judged(
             test = all_trials(items, numbers, max_pairs, seed)
     return JudgedData(
         str(spec), found.source.modality, kind, pool.items(), tuple(pool.ids), pool.fingerprint(), train, validation,
-        test, tuple(troubles.skipped),
+        test, tuple(troubles.skipped), () if note is None else (note,),
     )  # fmt: skip
 
 
@@ -149,28 +163,52 @@ def _same_place(one: str | Path, other: str | Path) -> bool:
 
 
 def _training_labels(
-    found: Labelled, other: Labelled | None, pool: ItemPool, troubles: Troubles, limit: int | None, share: float,
-    seed: int,
-) -> tuple[Judgement | None, Judgement | None]:  # fmt: skip
-    """Labels to train and to choose on, their classes numbered alike."""
+    found: Labelled, other: Labelled | None, task: str, pool: ItemPool, troubles: Troubles, limit: int | None,
+    share: float, most: int, seed: int,
+) -> tuple[Labels | None, Judgement | None, str | None]:  # fmt: skip
+    """Labels to train on, what to choose on, and a note.
+
+    A validation part of the training classes is labels numbered like them. One that has other classes is judged as the
+    test part is.
+    """
     source, validating = (found, ("validation",)) if other is None else (other, ("validation", "test"))
+    name = source.source.name
     rows = source.everything() if other is not None and source.roles is None else source.rows("train")
     rows = usable_rows(source, rows, "train", troubles, limit, seed)
     if not len(rows):
-        return None, None
-    train = labels_of(source.source, rows, pool.add(source.source, rows))
-    if len(train.names) < 2:
-        raise ValueError(f"the training part of {source.source.name} has one class only ({train.names[0]})")
+        return None, None, None
+    items = pool.add(source.source, rows)
+    train, note = labels_of(source.source, rows, items), None
     held = next((source.rows(role) for role in validating if len(source.rows(role))), np.arange(0))
     held = usable_rows(source, held, "validation", troubles, limit, seed)
-    if len(held):
-        chosen = renamed(labels_of(source.source, held, pool.add(source.source, held)), train.names)
-        if len(chosen.items):
-            return train, chosen
+    if len(train.names) > 1 and len(held):
+        labels = labels_of(source.source, held, pool.add(source.source, held))
+        if set(labels.names) <= set(train.names):
+            return train, renamed(labels, train.names), None
+        try:
+            return train, _judged_labels(labels, task, len(pool.ids), min(most, VALIDATION_PAIRS), seed), None
+        except ValueError as error:
+            note = f"the validation part of {name} is not used: {error}"
     kept, held_out = hold_out_labels(train, share, seed)
-    if not len(held_out.items):
-        raise ValueError(f"{source.source.name} has too few items a class to hold any out for validation")
-    return kept, held_out
+    if len(train.names) > 1 and len(held_out.items):
+        return kept, held_out, note
+    trouble = (
+        f"has one class only ({train.names[0]})"
+        if len(train.names) < 2
+        else "has too few items a class to hold any out for validation"
+    )
+    return None, None, f"the training part of {name} is not used: it {trouble}"
+
+
+def _judged_labels(labels: Labels, task: str, items: int, most: int, seed: int) -> Judgement:
+    """Labels as what the task judges: all pairs for verification."""
+    if task != "verification":
+        if len(labels.names) < 2:
+            raise ValueError("it has one class only")
+        return labels
+    numbers = np.full(items, -1)
+    numbers[labels.items] = labels.label
+    return all_trials(labels.items, numbers, most, seed)
 
 
 class _Texts:

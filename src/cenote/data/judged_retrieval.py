@@ -33,6 +33,10 @@ def relevance_parts(
     so many queries a part are kept, and of the corpus the documents judged for them, filled up to ``limit`` by others
     drawn by ``seed`` (an easier search than the whole one).
 
+    Where queries are documents of the same collection (ArguAna, Quora), a query's own document is not searched for it,
+    as in BEIR and MTEB: one with the query's identifier, whose text contains the query, and which is not judged. (BEIR
+    goes by the identifier alone; where queries and documents are merely both numbered from 1, that drops at random.)
+
     Raises:
         ValueError: a table is missing or lacks a column, an identifier comes twice, an unknown split, a grade that is
             no number; and, unless ``troubles`` skips them, empty texts, and judgements of a query or document that is
@@ -75,16 +79,21 @@ def relevance_parts(
     }
     items = np.array([pool.add(document_prompt + documents[name], f"document {name}") for name in kept], dtype=int)
     position = {name: place for place, name in enumerate(kept)}
-    return {
-        part: Relevance(
-            queries=np.array(list(numbers[part].values()), dtype=int),
-            documents=items,
-            query=rows["query"].map({name: i for i, name in enumerate(numbers[part])}).to_numpy(int),
-            document=rows["document"].map(position).to_numpy(int),
-            grade=rows["grade"].to_numpy(float),
-        )
-        for part, rows in chosen.items()
-    }
+    found: dict[PartName, Relevance] = {}
+    for part, rows in chosen.items():
+        query = rows["query"].map({name: i for i, name in enumerate(numbers[part])}).to_numpy(int)
+        document = rows["document"].map(position).to_numpy(int)
+        own = {
+            (i, position[name])
+            for i, name in enumerate(numbers[part])
+            if name in position and asked[name] in documents[name]
+        }
+        excluded = np.array(sorted(own - set(zip(query.tolist(), document.tolist(), strict=True))), dtype=int)
+        found[part] = Relevance(
+            queries=np.array(list(numbers[part].values()), dtype=int), documents=items, query=query, document=document,
+            grade=rows["grade"].to_numpy(float), excluded=excluded.reshape(-1, 2),
+        )  # fmt: skip
+    return found
 
 
 def hold_out_queries(whole: Relevance, share: float, seed: int) -> tuple[Relevance, Relevance]:
@@ -92,14 +101,7 @@ def hold_out_queries(whole: Relevance, share: float, seed: int) -> tuple[Relevan
     count = len(whole.queries)
     held = np.zeros(count, dtype=bool)
     held[np.random.default_rng(seed).permutation(count)[: min(count - 1, max(1, round(share * count)))]] = True
-    return _of_queries(whole, ~held), _of_queries(whole, held)
-
-
-def _of_queries(whole: Relevance, kept: np.ndarray) -> Relevance:
-    rows, number = kept[whole.query], np.cumsum(kept) - 1
-    return Relevance(
-        whole.queries[kept], whole.documents, number[whole.query[rows]], whole.document[rows], whole.grade[rows]
-    )
+    return whole.with_queries(~held), whole.with_queries(held)
 
 
 def _table(folder: Path, name: str) -> pd.DataFrame:

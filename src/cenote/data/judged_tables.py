@@ -67,7 +67,7 @@ class Troubles:
     def report(self, part: str, item: str, reason: str) -> None:
         """Raise ``ValueError`` naming the item, or note that it is left out."""
         if self.on_error == "raise":
-            raise ValueError(f"{item} of {self.name}: {reason} (on_error='skip' leaves it out)")
+            raise ValueError(f"{item} of {self.name}: {reason} (on_error='skip', --on-error skip, leaves it out)")
         self.skipped.append(Skipped(part, item, reason))
 
 

@@ -143,7 +143,12 @@ def _parse(part: str) -> tuple[str, dict[str, Any]]:
         node = ast.parse(part, mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and not node.args
+            and len({k.arg for k in node.keywords}) == len(node.keywords)
+        ):
             return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
     except (SyntaxError, ValueError):
         pass

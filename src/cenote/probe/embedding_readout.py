@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from cenote.backbones.base import Backbone
-from cenote.data.base import Items
+from cenote.data.base import Items, Skipped
 from cenote.files import write_all
 from cenote.pooling import create_pooling
 from cenote.pooling.base import Pooling
 from cenote.probe.card import embedding_card
+from cenote.probe.decode import decoded_batches, named_items
 from cenote.probe.hub import Pushable, locate
 from cenote.probe.readout import CARD, CONFIG, ENCODER_POOLER, WEIGHTS
 from cenote.types import Features, Grid, JudgedTask, TokenChoice
@@ -99,6 +100,20 @@ class EmbeddingConfig:
         )
 
 
+class Encoded(NamedTuple):
+    """Vectors of the items that could be read.
+
+    Attributes:
+        vectors: one an item, ``(items, width)``.
+        ids: their names, in that order.
+        skipped: what was left out.
+    """
+
+    vectors: Tensor
+    ids: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+
 class EmbeddingReadout(nn.Module, Pushable):
     """Unit vectors ``normalise(standardise(pool(features)))``; their inner products are the cosines that were judged.
 
@@ -153,21 +168,40 @@ class EmbeddingReadout(nn.Module, Pushable):
             prompt: ``None`` takes ``config.query_prompt``; give ``config.document_prompt`` for documents.
 
         Raises:
-            ValueError: no items, or another backbone.
+            ValueError: no items, one that cannot be decoded (its position is named), or another backbone.
+        """
+        return self.encode_named(backbone, items, batch_size, prompt=prompt).vectors
+
+    def encode_named(
+        self, backbone: Backbone, items: Items | Sequence[Any], batch_size: int = 32, *, prompt: str | None = None,
+        ids: Sequence[str] | None = None, on_error: Literal["raise", "skip"] = "raise",
+        allow_other_backbone: bool = False,
+    ) -> Encoded:  # fmt: skip
+        """As :meth:`encode`, with the names of what was encoded and what was left out.
+
+        Args:
+            backbone, items, batch_size, prompt: as for :meth:`encode`.
+            ids: names of the items; their positions if not given.
+            on_error: what an item that cannot be decoded does: raise, or be left out and listed.
+            allow_other_backbone: do not insist on the backbone that the readout was made on.
+
+        Raises:
+            ValueError: no items, one that cannot be decoded (it is named), none that can, or another backbone.
         """
         if not len(items):
             raise ValueError("there are no items to encode")
-        self.check_backbone(backbone)
+        if not allow_other_backbone:
+            self.check_backbone(backbone)
         prompt = self.config.query_prompt if prompt is None else prompt
-
-        def batches() -> Iterator[Tensor]:
-            for start in range(0, len(items), batch_size):
-                some = [items[i] for i in range(start, min(start + batch_size, len(items)))]
-                some = [prompt + item for item in some] if prompt else some
-                yield self(backbone(backbone.collate(some), self.config.layers)).cpu()
-
+        vectors: list[Tensor] = []
+        kept: list[str] = []
+        skipped: list[Skipped] = []
         with torch.inference_mode():
-            return torch.cat(list(batches()))
+            for names, some in decoded_batches(items, named_items(items, ids), batch_size, on_error, skipped):
+                texts = [prompt + item for item in some] if prompt else some
+                vectors.append(self(backbone(backbone.collate(texts), self.config.layers)).cpu())
+                kept += names
+        return Encoded(torch.cat(vectors), tuple(kept), tuple(skipped))
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise ``ValueError`` unless ``backbone`` has the weights that this readout was made on."""
@@ -175,7 +209,8 @@ class EmbeddingReadout(nn.Module, Pushable):
         if expected and expected != found:
             raise ValueError(
                 f"this readout was made on {self.config.backbone} with fingerprint {expected[:12]}, but "
-                f"{backbone.spec} has {found[:12]}: other weights give meaningless vectors"
+                f"{backbone.spec} has {found[:12]}: other weights give meaningless vectors "
+                "(allow_other_backbone=True goes on all the same)"
             )
 
     def save_pretrained(self, folder: str | Path) -> Path:

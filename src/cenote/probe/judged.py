@@ -79,7 +79,9 @@ def probe_judged(
     they are. The others are trained on the training part: for verification and clustering behind a head that tells
     its labels apart and is then dropped, all together as :func:`cenote.probe.probe` trains; for similarity and
     retrieval contrastively, one by one (:func:`cenote.tuning.embedding.train_embedding`). Without a training part they
-    are left out, and a note names them. Settings are chosen on the validation part; the test part is looked at once.
+    are left out, and a note names them. Settings are chosen on the validation part: by the score below, except where it
+    holds labels of the classes trained on; then by the accuracy of the head, and a note says so. The test part is
+    looked at once.
 
     Score (higher is better) and further figures in :attr:`~cenote.probe.result.Row.extra`:
 
@@ -169,6 +171,7 @@ def probe_judged(
         settings |= {
             "loss": loss, "epochs": schedule.epochs, "batch_size": schedule.batch_size, "optimizer": optimizer,
             "weight_decay": weight_decay, "patience": patience,
+            "chosen_by": "accuracy" if data.chosen_by_labels else judge.metric,
         }  # fmt: skip
     if data.task == "verification":
         settings["p_target"] = p_target
@@ -178,6 +181,12 @@ def probe_judged(
         contrastive = _contrastive(contrastive, batch_size)
         chosen = dataclasses.asdict(contrastive)
         settings["contrastive"] = {key: _listed(v) if isinstance(v, tuple) else v for key, v in chosen.items()}
+    names = split_specs(readouts)
+    if "knn" in names:
+        raise ValueError(f"knn names classes, so {data.task} cannot judge it")
+    grid = (readouts, backbone.num_layers, wanted, tokens, seeds, lrs, query_factors)
+    if data.train is None and "encoder_pooler" not in names:
+        _refuse_untrained(data, Host(backbone.dim, stored, backbone.grid, backbone.prefix, data.modality, True), *grid)
     folder = Folder(Path(out), settings, resume) if out is not None else None
 
     display.stage("extract", len(data))
@@ -190,11 +199,8 @@ def probe_judged(
 
     store = extract(backbone, data, layers=stored, cache_dir=cache_dir, dtype=dtype, on_batch=progress)
     host = Host(store.dim, tuple(store.layers), store.grid, store.prefix, data.modality, store.uniform)
-    names = split_specs(readouts)
     everything = len(names) == 1 and names[0] in GROUPS
-    if "knn" in names:
-        raise ValueError(f"knn names classes, so {data.task} cannot judge it")
-    candidates = plan(readouts, host, backbone.num_layers, wanted, tokens, seeds, lrs, query_factors)
+    candidates = plan(readouts, host, *grid[1:])
     feed = Feed(store, torch.zeros(len(store), dtype=torch.int64), tuple(store.layers), memory, device)
     learned = [c for c in candidates if c.members]
     jobs: list[Candidate | None] = [c for c in candidates if not c.members]
@@ -202,7 +208,10 @@ def probe_judged(
         jobs.append(None)
     elif "encoder_pooler" in names:
         raise ValueError(f"{backbone.spec} has no pooled output of its own: leave out encoder_pooler")
-    notes = _notes(data, learned)
+    if learned and not jobs and data.train is None:
+        raise ValueError(_untrained(data))
+    notes = _notes(data, learned, judge.metric)
+    interrupted = False
     deadline = math.inf if budget is None else begin + 60 * budget
 
     def stop() -> bool:
@@ -220,6 +229,7 @@ def probe_judged(
         elif contrastive is not None and learned:
             run.train_contrastive(learned, contrastive, CONTRASTIVE_LRS if lrs is None else lrs, seeds)
     except KeyboardInterrupt:
+        interrupted = True
         notes.append("interrupted: the table holds what there was, --resume goes on from here")
         display.say("interrupted: writing what there is")
     if run.left_out:
@@ -227,23 +237,43 @@ def probe_judged(
     if any(outcome.status == "partial" for outcome in outcomes):
         notes.append("the run ended training early; unfinished readouts are marked partial")
     if not outcomes:
-        if learned and data.train is None:
-            raise ValueError(f"{data.name} has no training part, and every readout asked for has to be trained")
         raise KeyboardInterrupt
     result = assemble_judged(outcomes, data, feed, judge, host, settings, notes, backbone)
+    result = dataclasses.replace(result, interrupted=interrupted)
     return result if folder is None else write_judged(folder, result, outcomes, backbone, host)
 
 
-def _notes(data: JudgedData, learned: Sequence[Candidate]) -> list[str]:
+def _refuse_untrained(data: JudgedData, host: Host, readouts: str | Sequence[str], *grid: Any) -> None:
+    """Raise ``ValueError`` where every readout has to be trained, as far as the backbone tells before extraction."""
+    try:
+        candidates = plan(readouts, host, *grid)
+    except ValueError:
+        return  # what does not fit the features is said by them
+    if candidates and all(candidate.members for candidate in candidates):
+        raise ValueError(_untrained(data))
+
+
+def _untrained(data: JudgedData) -> str:
+    return "; ".join((f"{data.name} has no training part, and every readout asked for has to be trained", *data.notes))
+
+
+def _notes(data: JudgedData, learned: Sequence[Candidate], metric: str) -> list[str]:
     """What a reader must know of how the data was used."""
-    notes = []
+    notes = list(data.notes)
     if data.skipped:
         first = data.skipped[0]
         notes.append(f"{len(data.skipped)} items were left out; the first: {first.id}: {first.reason}")
     names = ", ".join(candidate.readout for candidate in learned)
     if learned and data.train is None:
         notes.append(f"there is no training part, so readouts with parameters are not in the table: {names}")
-    elif learned and not isinstance(data.train, Labels):
+    elif learned and data.chosen_by_labels:
+        notes.append(
+            f"learning rates and epochs were chosen by the accuracy on validation items of the classes trained on, "
+            f"not by {metric}"
+        )
+    elif learned and isinstance(data.train, Labels):
+        notes.append(f"learning rates and epochs were chosen by {metric} on validation items of other classes")
+    elif learned:
         notes.append(
             "trained readouts start from random weights on a frozen encoder; one that was itself trained contrastively "
             "behind a pooling (sentence encoders usually behind the mean) favours that pooling"

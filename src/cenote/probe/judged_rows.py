@@ -36,7 +36,8 @@ def assemble_judged(
     some = feed.take(torch.from_numpy(numbers))[0]
     rows, galleries = [], []
     for place, (outcome, tie) in enumerate(zip(order, ties, strict=True)):
-        low, high = percentile_interval(boot.draws[place])
+        # Draws are moved to have the score as their mean, and so may leave what the score can be.
+        low, high = np.clip(percentile_interval(boot.draws[place]), *judge.bounds).tolist()
         entropy = None
         if outcome.candidate is not None:
             assert isinstance(outcome.pooling, Pooling)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import nn
 
 from cenote.data.judged import JudgedData, Labels
@@ -17,7 +18,7 @@ from cenote.probe.feed import Feed
 from cenote.probe.judged_files import Finished
 from cenote.probe.judged_scores import Judge
 from cenote.probe.judged_training import Loss, labelled_group, labelled_part, train_contrastive, validation_judge
-from cenote.probe.judged_vectors import reader, standardisation, vectors_of
+from cenote.probe.judged_vectors import Part, reader, standardisation, vectors_of
 from cenote.probe.outcome import Outcome
 from cenote.probe.plan import Candidate, Host
 from cenote.probe.train import Group, Schedule, train_groups
@@ -57,11 +58,12 @@ class JudgedRun:
             if self.standardise:
                 assert isinstance(self.data.train, Labels)
                 head.append(standardisation(vectors_of(self.feed, self.data.train.items, read).table))
+            head.eval()
             outputs = self.judge.outputs(vectors_of(self.feed, self.judge.items, read, head))
             validation = math.nan
-            if self.data.validation is not None and not isinstance(self.data.validation, Labels):
+            if self.data.validation is not None and not self.data.chosen_by_labels:
                 judge = validation_judge(self.data)
-                validation = judge.score(judge.outputs(vectors_of(self.feed, judge.items, read)), judge.targets)
+                validation = judge.score(judge.outputs(vectors_of(self.feed, judge.items, read, head)), judge.targets)
             self._add(
                 Outcome(
                     readout="encoder_pooler" if candidate is None else candidate.readout,
@@ -78,10 +80,18 @@ class JudgedRun:
         """All together on labels; the heads are dropped."""
         train, validation = self.data.train, self.data.validation
         assert isinstance(train, Labels)
-        assert isinstance(validation, Labels)
-        parts = labelled_part(self.feed, train), labelled_part(self.feed, validation)
+        if self.data.chosen_by_labels:
+            assert isinstance(validation, Labels)
+            judge, held = None, labelled_part(self.feed, validation)
+        else:
+            judge = validation_judge(self.data)
+            held = Part(self.feed, torch.from_numpy(judge.items))
+        parts = labelled_part(self.feed, train), held
         groups = [
-            labelled_group(c, self.host.dim, len(train.names), schedule, self.host.uniform, loss) for c in candidates
+            labelled_group(
+                c, self.host.dim, len(train.names), schedule, self.host.uniform, loss, judge, self.standardise
+            )
+            for c in candidates
         ]
         if folder is not None and folder.resuming:
             restored = sum(group.restore(folder.checkpoint) for group in groups)

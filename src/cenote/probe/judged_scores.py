@@ -34,11 +34,13 @@ class Judge(Protocol):
 
     Attributes:
         metric: name of the score; higher is better.
+        bounds: the lowest and the highest that it can be.
         items: numbers of the items that need vectors.
         targets: what the outputs are held against, one a unit.
     """
 
     metric: str
+    bounds: tuple[float, float]
     items: Int[np.ndarray, "items"]
     targets: np.ndarray
 
@@ -128,6 +130,7 @@ def _entropy(counts: np.ndarray) -> float:
 class _Resampled:
     """Bootstrap of a score that is no mean over units."""
 
+    bounds = (0.0, 1.0)
     targets: np.ndarray
 
     def score(self, outputs: np.ndarray, targets: np.ndarray) -> float:
@@ -142,6 +145,7 @@ class SimilarityJudge(_Resampled):
     """Spearman's correlation of the cosine with the judged degree; Pearson's beside it."""
 
     metric = "Spearman correlation"
+    bounds = (-1.0, 1.0)
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs, self.targets = pairs, pairs.value
@@ -189,6 +193,7 @@ class RetrievalJudge:
     """nDCG@10 over all documents; recall and reciprocal rank beside it."""
 
     metric = "nDCG@10"
+    bounds = (0.0, 1.0)
 
     def __init__(self, relevance: Relevance, index: Index = "auto") -> None:
         self.relevance, self.index = relevance, index
@@ -198,7 +203,9 @@ class RetrievalJudge:
     def outputs(self, vectors: Vectors) -> np.ndarray:
         """Columns nDCG@10, recall@10, recall@100, MRR@10 of each query."""
         r, queries = self.relevance, len(self.relevance.queries)
-        found = rank_judged(vectors.of(r.queries), vectors.of(r.documents), r.query, r.document, index=self.index)
+        found = rank_judged(
+            vectors.of(r.queries), vectors.of(r.documents), r.query, r.document, index=self.index, excluded=r.excluded
+        )
         columns = (
             ndcg(found, r.query, r.grade, queries, 10), recall(found, r.query, queries, 10),
             recall(found, r.query, queries, 100), reciprocal_rank(found, r.query, queries, 10),
@@ -216,7 +223,7 @@ class RetrievalJudge:
 
 
 class ClusteringJudge(_Resampled):
-    """V-measure of k-means clusters of unit vectors, as many as classes, mean over :data:`CLUSTER_SEEDS` starts.
+    """V-measure of k-means clusters of unit vectors, as many as classes, mean over ``starts``.
 
     The bootstrap keeps the clusters and resamples the items, so it holds the chance of the items and not that of
     another clustering.
@@ -224,7 +231,8 @@ class ClusteringJudge(_Resampled):
 
     metric = "V-measure"
 
-    def __init__(self, labels: Labels) -> None:
+    def __init__(self, labels: Labels, starts: int = CLUSTER_SEEDS) -> None:
+        self.starts = starts
         self.items, present = labels.items, np.unique(labels.label, return_inverse=True)
         self.clusters, self.targets = len(present[0]), present[1]
         if self.clusters < 2:
@@ -237,7 +245,7 @@ class ClusteringJudge(_Resampled):
         unit = F.normalize(vectors.of(self.items), dim=1).numpy()
         starts = [
             KMeans(self.clusters, n_init=1, random_state=seed).fit_predict(unit).astype(np.int64)
-            for seed in range(CLUSTER_SEEDS)
+            for seed in range(self.starts)
         ]
         return np.stack(starts, axis=1)
 

@@ -17,11 +17,11 @@ from cenote.data.judged import JudgedData, Labels, Relevance
 from cenote.pooling.base import Pooling
 from cenote.probe.feed import Feed
 from cenote.probe.heads import StackedReadout
-from cenote.probe.judged_scores import Judge, judge_of
-from cenote.probe.judged_vectors import Part, reader, vectors_of
+from cenote.probe.judged_scores import ClusteringJudge, Judge, judge_of
+from cenote.probe.judged_vectors import Part, Vectors, reader, vectors_of
 from cenote.probe.plan import Candidate, Host
 from cenote.probe.tasks import Objective
-from cenote.probe.train import Group, Schedule, select_tokens
+from cenote.probe.train import SCORED, Group, Schedule, select_tokens
 from cenote.tuning.margin import additive_angular_margin
 
 if TYPE_CHECKING:
@@ -57,12 +57,46 @@ class AngularReadout(StackedReadout):
         return unit @ F.normalize(self.params["head.weight"], dim=-1).mT
 
 
+@dataclasses.dataclass
+class JudgedGroup(Group):
+    """A candidate whose members are scored after every epoch by what the task makes of their vectors.
+
+    Attributes:
+        judge: of the validation part; ``None`` scores the labels, as :class:`~cenote.probe.train.Group` does.
+        standardise: whether vectors go through the batch norm first, as those of the test part do.
+    """
+
+    judge: Judge | None = None
+    standardise: bool = True
+
+    @torch.no_grad()
+    def validation_scores(self, validation: Feed) -> tuple[np.ndarray, np.ndarray]:
+        if self.judge is None:
+            return super().validation_scores(validation)
+        self.stack.eval()
+        pieces = []
+        for features, _ in validation.batches(SCORED):
+            pooled = self.stack.pool(*select_tokens(features, self.candidate, self.uniform))[0]
+            pieces.append((self.stack._norm(pooled) if self.standardise else pooled.float()).cpu())
+        place = np.full(int(self.judge.items.max()) + 1, -1)
+        place[self.judge.items] = np.arange(len(self.judge.items))
+        scores = np.full(len(self.stack.members), -np.inf)
+        for member, table in enumerate(torch.cat(pieces, dim=1)):
+            if table.isfinite().all():
+                scores[member] = self.judge.score(self.judge.outputs(Vectors(table, place)), self.judge.targets)
+        return scores, -scores
+
+
 def labelled_group(
-    candidate: Candidate, dim: int, classes: int, schedule: Schedule, uniform: bool, loss: Loss
-) -> Group:
-    """A candidate in training to tell classes apart, behind a head that is dropped afterwards."""
+    candidate: Candidate, dim: int, classes: int, schedule: Schedule, uniform: bool, loss: Loss,
+    judge: Judge | None = None, standardise: bool = True,
+) -> JudgedGroup:  # fmt: skip
+    """A candidate in training to tell classes apart, behind a head that is dropped afterwards; ``judge`` and
+    ``standardise`` as in :class:`JudgedGroup`."""
     plain = Objective("classification", classes)
-    group = Group.create(candidate, dim, plain, schedule, uniform)
+    group = JudgedGroup.create(candidate, dim, plain, schedule, uniform)
+    assert isinstance(group, JudgedGroup)
+    group.judge, group.standardise = judge, standardise
     if loss == "margin":
         group.objective = AngularObjective("classification", classes)
         group.stack = AngularReadout(lambda: candidate.make(dim), list(candidate.members), classes)
@@ -152,8 +186,8 @@ def train_contrastive(
 
 
 def validation_judge(data: JudgedData) -> Judge:
-    """The judge of the validation part; a search there is through at most :data:`VALIDATION_DOCUMENTS` documents, those
-    judged relevant among them."""
+    """The judge of the validation part, which looks less closely than that of the test part: a search there is through
+    at most :data:`VALIDATION_DOCUMENTS` documents, those judged relevant among them, and k-means starts once."""
     part = data.validation
     assert part is not None
     if isinstance(part, Relevance) and len(part.documents) > VALIDATION_DOCUMENTS:
@@ -161,5 +195,7 @@ def validation_judge(data: JudgedData) -> Judge:
         others = np.setdiff1d(np.arange(len(part.documents)), needed)
         drawn = np.random.default_rng(0).permutation(others)[: max(0, VALIDATION_DOCUMENTS - len(needed))]
         kept = np.sort(np.concatenate([needed, drawn]))
-        part = dataclasses.replace(part, documents=part.documents[kept], document=np.searchsorted(kept, part.document))
+        part = part.with_documents(kept)
+    if data.task == "clustering" and isinstance(part, Labels):
+        return ClusteringJudge(part, starts=1)
     return judge_of(data.task, part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cenote.backbones.base import Backbone
 from cenote.data.base import Items, Skipped
+from cenote.probe.decode import decoded_batches, named_items
 from cenote.probe.readout import Readout
 
 if TYPE_CHECKING:
@@ -52,28 +53,18 @@ def predict(
 
     if batch_size < 1 or top < 1:
         raise ValueError(f"batch_size and top must be at least 1, got {batch_size} and {top}")
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-    names = [str(i) for i in range(len(items))] if ids is None else list(ids)
-    if len(items) == 0 or len(names) != len(items):
-        raise ValueError(
-            f"expected at least one item and a name for each, got {len(items)} items and {len(names)} names"
-        )
+    names = named_items(items, ids)
     if not allow_other_backbone:
         readout.check_backbone(backbone)
 
     rows: list[dict[str, Any]] = []
     skipped: list[Skipped] = []
-    for batch_names, batch in _batches(items, names, batch_size, on_error, skipped):
+    for batch_names, batch in decoded_batches(items, names, batch_size, on_error, skipped):
         outputs = score(readout, backbone, batch)
         if not torch.isfinite(outputs).all():
             broken = [name for name, row in zip(batch_names, outputs, strict=True) if not torch.isfinite(row).all()]
             raise ValueError(f"the scores of {', '.join(broken[:3])} are not finite")
         rows += [{"item": name, **_row(readout, row, top)} for name, row in zip(batch_names, outputs, strict=True)]
-    if not rows:
-        raise ValueError(
-            f"none of the {len(items)} items could be read; the first: {skipped[0].id}: {skipped[0].reason}"
-        )
     frame = pd.DataFrame(rows)
     frame.attrs["skipped"] = tuple(skipped)
     return frame
@@ -86,26 +77,6 @@ def score(readout: Readout, backbone: Backbone, items: Sequence[Any]) -> Tensor:
         features = features.to(readout.head.weight.device)
         call = readout if readout.config.task == "regression" else readout.predict_proba
         return call(features).float().cpu()
-
-
-def _batches(
-    items: Items | Sequence[Any], names: Sequence[str], size: int, on_error: str, skipped: list[Skipped]
-) -> Iterator[tuple[list[str], list[Any]]]:
-    """Decode items into full batches; what cannot be decoded is appended to ``skipped`` or raised with its name."""
-    batch: list[tuple[str, Any]] = []
-    for i, name in enumerate(names):
-        try:
-            batch.append((name, items[i]))
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if on_error == "raise":
-                raise ValueError(f"cannot read {name}: {reason} (--on-error skip leaves such items out)") from error
-            skipped.append(Skipped("input", name, reason))
-        if len(batch) == size:
-            yield [n for n, _ in batch], [item for _, item in batch]
-            batch = []
-    if batch:
-        yield [n for n, _ in batch], [item for _, item in batch]
 
 
 def _row(readout: Readout, outputs: Tensor, top: int) -> dict[str, Any]:

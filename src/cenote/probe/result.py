@@ -97,6 +97,7 @@ class ProbeResult:
         galleries: one an attentive readout, best first.
         notes: things a reader must know (skipped items, stopped early, ...).
         open_set: how every readout treats items of no known class, where that was asked for.
+        interrupted: whether the run was interrupted and the table holds what there was.
     """
 
     rows: tuple[Row, ...]
@@ -111,6 +112,7 @@ class ProbeResult:
     notes: tuple[str, ...] = field(default=())
     folder: Path | None = None
     open_set: OpenSetResult | None = None
+    interrupted: bool = False
 
     @staticmethod
     def key(row: Row) -> str:

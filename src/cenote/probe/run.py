@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -234,7 +235,7 @@ def probe(
     names = split_specs(readouts)
     outcomes: list[Outcome] = []
     groups: list[Group] = []
-    complete = False
+    complete = interrupted = False
     try:
         outcomes += _fit_free(free, names, (train, validation, test), objective, host, display, stop, cluster)
         groups = [Group.create(c, host.dim, objective, schedule, uniform) for c in learned]
@@ -242,6 +243,7 @@ def probe(
         if not complete and groups:
             notes.append("the time budget ended training early; unfinished readouts are marked partial")
     except KeyboardInterrupt:
+        interrupted = True
         notes.append("interrupted; unfinished readouts are marked partial, --resume goes on from here")
         display.say("interrupted: writing what there is")
     trained = [group for group in groups if np.isfinite(group.best_score).any()]
@@ -250,6 +252,7 @@ def probe(
     if not outcomes:
         raise KeyboardInterrupt
     result = assemble(outcomes, data, test, objective, host, settings, notes, backbone)
+    result = dataclasses.replace(result, interrupted=interrupted)
     if opened is not None:
         display.say("judging every readout on unknown items")
         unknowns = [feed(part, split) for part, split in opened.parts]

@@ -6,7 +6,8 @@ Which index, by number of documents n of width d:
   :data:`FAISS_FROM` documents, and wherever FAISS is not installed.
 * ``flat``: FAISS's exhaustive index, the same results, its own threads and kernels; the default above.
 * ``ivf``: about 4 sqrt(n) cells found by k-means, a sixteenth of them (at least 8) searched. Worth it from a million
-  documents; usually misses one in a few dozen of the true neighbours.
+  documents that form clusters, and for the first few neighbours. Vectors without structure it serves badly: among the
+  1000 nearest of 3000 such vectors it found 13 % of the judged documents where exact search found 33 %.
 * ``hnsw``: a graph of 32 neighbours a document, 128 candidates a search. The fastest search and the slowest to build,
   with about ``4 d + 270`` bytes a document; for a corpus that is searched many times.
 
@@ -35,6 +36,8 @@ FAISS_FROM = 100_000
 DEPTH = 1000
 BLOCK = 1 << 24
 """Scores held at a time."""
+BELOW = -2.0
+"""Lower than any cosine."""
 
 
 class Neighbours(NamedTuple):
@@ -81,17 +84,24 @@ def chosen_index(documents: int) -> str:
 def rank_judged(
     queries: Float[Tensor, "queries dim"], documents: Float[Tensor, "documents dim"],
     query: Int[np.ndarray, "judgements"], document: Int[np.ndarray, "judgements"], *, index: Index = "auto",
+    excluded: Int[np.ndarray, "excluded 2"] | None = None,
 ) -> Places:  # fmt: skip
     """Where the judged documents stand among all, by cosine.
+
+    A document ``excluded`` for a query (rows of their positions) stands behind all others, and is not found where it
+    is judged itself.
 
     Up to :data:`FAISS_FROM` documents (and under ``index="exact"``) from every score, so that ties are exact; beyond,
     within the first :data:`DEPTH` neighbours that :func:`search` finds.
     """
+    excluded = np.empty((0, 2), dtype=int) if excluded is None else excluded
     if index == "exact" or (index == "auto" and len(documents) <= FAISS_FROM):
-        return _places_of_all(
-            F.normalize(queries.float(), dim=1), F.normalize(documents.float(), dim=1), query, document
-        )
+        unit = F.normalize(queries.float(), dim=1), F.normalize(documents.float(), dim=1)
+        return _places_of_all(*unit, query, document, excluded)
     scores, numbers = (part.numpy() for part in search(queries, documents, DEPTH, index=index))
+    for row, number in excluded:
+        out = numbers[row] == number
+        scores[row, out], numbers[row, out] = -np.inf, -1
     hit = numbers[query] == document[:, None]
     column = hit.argmax(axis=1)
     rows = scores[query]
@@ -100,14 +110,20 @@ def rank_judged(
     return Places((rows > own).sum(axis=1), tied)
 
 
-def _places_of_all(queries: Tensor, documents: Tensor, query: np.ndarray, document: np.ndarray) -> Places:
+def _places_of_all(
+    queries: Tensor, documents: Tensor, query: np.ndarray, document: np.ndarray, excluded: np.ndarray
+) -> Places:
     above, tied = np.zeros(len(query), dtype=np.int64), np.zeros(len(query), dtype=np.int64)
     step = max(1, BLOCK // len(documents))
     for start in range(0, len(queries), step):
         stop = min(start + step, len(queries))
         rows = np.flatnonzero((query >= start) & (query < stop))
         scores = (queries[start:stop] @ documents.T).numpy()
+        own = excluded[(excluded[:, 0] >= start) & (excluded[:, 0] < stop)]
+        scores[own[:, 0] - start, own[:, 1]] = BELOW
         above[rows], tied[rows] = places(scores, query[rows] - start, document[rows])
+    wide = np.int64(len(documents))
+    tied[np.isin(query * wide + document, excluded[:, 0] * wide + excluded[:, 1])] = 0
     return Places(above, tied)
 
 

@@ -143,9 +143,7 @@ class Group:
     def validate(self, validation: Feed) -> None:
         """Score every member on the validation part and keep those that improved."""
         start = time.perf_counter()
-        outputs, targets = self.outputs(validation.batches(SCORED))
-        losses = self.objective.loss(outputs, targets).double().cpu().numpy()
-        scores = self.objective.item_scores(self.objective.predictions(outputs), targets.cpu().numpy()).mean(axis=-1)
+        scores, losses = self.validation_scores(validation)
         scores = np.where(np.isfinite(losses), scores, -np.inf)
         better = (scores > self.best_score) | ((scores == self.best_score) & (losses < self.best_loss))
         if better.any():
@@ -155,6 +153,14 @@ class Group:
             self.best_score[better], self.best_loss[better] = scores[better], losses[better]
             self.best_epoch[better] = self.epoch
         self.seconds += time.perf_counter() - start
+
+    def validation_scores(self, validation: Feed) -> tuple[np.ndarray, np.ndarray]:
+        """Score and loss of every member on the validation part, ``(members,)`` each; the loss decides between equal
+        scores, and one that is not finite is worse than any."""
+        outputs, targets = self.outputs(validation.batches(SCORED))
+        losses = self.objective.loss(outputs, targets).double().cpu().numpy()
+        scores = self.objective.item_scores(self.objective.predictions(outputs), targets.cpu().numpy()).mean(axis=-1)
+        return scores, losses
 
     def end_epoch(self) -> None:
         """Drop weak learning rates at the pruning points, and stop when nothing improves any more."""

@@ -145,7 +145,8 @@ def examples_of(judgement: Judgement, similar: float, dissimilar: float) -> Exam
 
     Pairs judged at ``similar`` times the largest value or above give two examples, one in each direction; pairs above
     ``dissimilar`` times it are never negatives of each other. A query with a relevant document is an example, once for
-    each such document. An item of a class is an example with a random other one of the class.
+    each such document; a document that is not searched for a query is none of its negatives. An item of a class is an
+    example with a random other one of the class.
 
     Raises:
         ValueError: nothing that could be a positive.
@@ -168,7 +169,9 @@ def examples_of(judgement: Judgement, similar: float, dissimilar: float) -> Exam
         missing = f"a pair judged {similar} of the largest value or above"
     else:
         query, document = judgement.queries[judgement.query], judgement.documents[judgement.document]
-        examples = ListedExamples(query, document, (query, document), judgement.documents)
+        own, out = judgement.queries[judgement.excluded[:, 0]], judgement.documents[judgement.excluded[:, 1]]
+        near = np.concatenate([query, own]), np.concatenate([document, out])
+        examples = ListedExamples(query, document, near, judgement.documents)
         missing = "a query with a relevant document"
     if not len(examples):
         raise ValueError(f"contrastive training needs {missing}, and there is none among {type(judgement).__name__}")
