@@ -18,7 +18,8 @@ import pandas as pd
 
 from cenote.files import write_all
 from cenote.reproductions.histograph_peers import GraphMultiset, JumpingKnowledgeCat, SetTransformer
-from cenote.tuning.gnn import CrossValidation, GNNSettings, cross_validate
+from cenote.tuning.gnn import GNNSettings
+from cenote.tuning.gnn_folds import CrossValidation, cross_validate
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("CENOTE_DATA", ROOT.parent / "shared" / "data"))

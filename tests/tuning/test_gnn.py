@@ -10,8 +10,10 @@ pytest.importorskip("torch_geometric")
 from cenote.backbones import load_backbone
 from cenote.data import load_data
 from cenote.probe import Readout
-from cenote.tuning import gnn
-from cenote.tuning.gnn import GNNSettings, PackedGraphs, cross_validate, train_gnn, train_head
+from cenote.tuning import gnn_folds
+from cenote.tuning.gnn import GNNSettings, PooledHistory, train_gnn, train_head
+from cenote.tuning.gnn_data import PackedGraphs
+from cenote.tuning.gnn_folds import cross_validate
 from data.test_graphs import archive
 
 QUICK = GNNSettings(hidden=16, layers=2, epochs=8, batch_size=16, lr=1e-2)
@@ -92,8 +94,8 @@ def test_a_head_on_a_frozen_network_leaves_it_alone(rings):
 
 def test_folds_are_kept_and_taken_up_again(rings, tmp_path, monkeypatch):
     path, calls = tmp_path / "kept" / "gin.json", []
-    train = gnn.train_gnn
-    monkeypatch.setattr(gnn, "train_gnn", lambda *a, **k: calls.append(1) or train(*a, **k))
+    train = gnn_folds.train_gnn
+    monkeypatch.setattr(gnn_folds, "train_gnn", lambda *a, **k: calls.append(1) or train(*a, **k))
     lines = []
     first = cross_validate("gin", rings, "mean", QUICK, folds=range(2), path=path, progress=lines.append)
     assert (len(calls), len(lines)) == (2, 2)
@@ -106,7 +108,7 @@ def test_folds_are_kept_and_taken_up_again(rings, tmp_path, monkeypatch):
     assert (tmp_path / "folds.csv").read_text().startswith("fold,accuracy,validation")
     with pytest.raises(ValueError, match="another configuration"):
         cross_validate("gin", rings, "max", QUICK, folds=range(3), path=path)
-    spread = gnn.CrossValidation("x", (0, 1), (0.5, 0.7), ({}, {}))
+    spread = gnn_folds.CrossValidation("x", (0, 1), (0.5, 0.7), ({}, {}))
     assert (spread.mean, spread.std) == (pytest.approx(0.6), pytest.approx(0.02**0.5))
 
 
@@ -117,7 +119,7 @@ def test_folds_are_kept_for_one_set_of_graphs(rings, tmp_path):
     archive(tmp_path / "elsewhere" / "rings.npz")  # the same name, other node classes
     with pytest.raises(ValueError, match="another configuration"):
         cross_validate("gin", str(tmp_path / "elsewhere" / "rings.npz"), "mean", quick, folds=(0,), path=path)
-    make = lambda dim, states: gnn.PooledHistory("mean", dim, states)  # noqa: E731
+    make = lambda dim, states: PooledHistory("mean", dim, states)  # noqa: E731
     assert len(cross_validate("gin", rings, make, quick, folds=(0,)).accuracies) == 1
     with pytest.raises(ValueError, match="give a named function"):
         cross_validate("gin", rings, make, quick, folds=(0,), path=tmp_path / "other.json")
@@ -179,4 +181,4 @@ def test_other_data_is_refused():
     with pytest.raises(ValueError, match="expected graphs with classes, got images"):
         train_gnn("gcn", load_data("digits", limit=20))
     with pytest.raises(ValueError, match="unknown pooling"):
-        gnn.PooledHistory("meen", 4, 3)
+        PooledHistory("meen", 4, 3)

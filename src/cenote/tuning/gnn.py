@@ -1,35 +1,30 @@
-"""Training graph networks end to end with a readout, or a readout on a frozen network's history; ten-fold protocol."""
+"""Training graph networks end to end with a readout, or a readout on a frozen network's history."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from cenote.backbones.fingerprint import weights_digest
 from cenote.backbones.pyg import GraphNetwork, GraphNetworkConfig, build_network, save_network
-from cenote.data import load_data
-from cenote.data.base import Data, Split
-from cenote.files import write_whole
+from cenote.data.base import Data
 from cenote.pooling import create_pooling
 from cenote.pooling.histograph import HistoGraph
 from cenote.pooling.sets import pool_rows
 from cenote.probe.readout import Readout, ReadoutConfig
+from cenote.tuning.gnn_data import GraphBatch, PackedGraphs
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 Progress = Callable[[str], None]
 
@@ -153,64 +148,6 @@ class TrainedGNN:
             backbone_fingerprint=weights_digest(self.network, dataclasses.asdict(network)), norm_eps=norm.eps,
         )  # fmt: skip
         return Readout(config, copy.deepcopy(self.readout.pooling).cpu(), norm, copy.deepcopy(self.head).cpu())
-
-
-class GraphBatch(NamedTuple):
-    """Graphs laid end to end: what nodes carry, edges among them, the graph of each node, and labels."""
-
-    x: Tensor
-    edge_index: Int[Tensor, "2 edges"]
-    batch: Int[Tensor, "nodes"]
-    targets: Int[Tensor, "graphs"]
-
-
-class PackedGraphs:
-    """One part of a data set in memory.
-
-    ``x`` holds what nodes carry: features, or the hidden states of a frozen network.
-
-    Args:
-        split: of a set of graphs.
-        device: where the graphs are held, and the batches taken.
-    """
-
-    def __init__(self, split: Split, device: torch.device | str = "cpu") -> None:
-        graphs = [split.items[number] for number in range(len(split))]
-        self.x = torch.cat([graph.x for graph in graphs]).to(device)
-        self.edges = torch.cat([graph.edge_index for graph in graphs], dim=1).to(device)
-        self.nodes = torch.tensor([len(graph.x) for graph in graphs], device=device)
-        self.links = torch.tensor([graph.edge_index.shape[1] for graph in graphs], device=device)
-        self.targets = split.targets.to(device)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def take(self, index: Int[Tensor, "graphs"]) -> GraphBatch:
-        """Some of the graphs."""
-        index = index.to(self.nodes.device)
-        nodes, links = self.nodes[index], self.links[index]
-        rows, edges = _ranges(_starts(self.nodes)[index], nodes), _ranges(_starts(self.links)[index], links)
-        shift = torch.repeat_interleave(_starts(nodes), links)
-        owner = torch.repeat_interleave(torch.arange(len(index), device=index.device), nodes)
-        return GraphBatch(self.x[rows], self.edges[:, edges] + shift, owner, self.targets[index])
-
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[GraphBatch]:
-        """All graphs, shuffled where a generator (of the CPU, so that the order is the same everywhere) is given."""
-        count = len(self)
-        shuffled = generator is not None
-        order = (
-            torch.randperm(count, generator=generator, device="cpu") if shuffled else torch.arange(count, device="cpu")
-        )
-        for index in order.split(size):
-            yield self.take(index)
-
-    @torch.no_grad()
-    def with_states(self, network: GraphNetwork, dtype: torch.dtype | None = None) -> PackedGraphs:
-        """The same graphs carrying the network's hidden states, ``(nodes, layers + 1, dim)``, computed once."""
-        packed = copy.copy(self)
-        states = [network(batch.x, batch.edge_index).to(dtype) for batch in self.batches(256)]
-        packed.x = torch.cat(states)
-        return packed
 
 
 def train_gnn(
@@ -356,125 +293,7 @@ def _weights(readout: Any, network: GraphNetwork, part: PackedGraphs, frozen: bo
     return floored / len(part), largest
 
 
-@dataclass(frozen=True)
-class CrossValidation:
-    """Test accuracy of every fold.
-
-    Attributes:
-        name: what was trained.
-        folds: numbers of the folds.
-        accuracies: test accuracy of each.
-        results: further figures of each fold: epoch, validation accuracy, floored, largest weight, seconds.
-    """
-
-    name: str
-    folds: tuple[int, ...]
-    accuracies: tuple[float, ...]
-    results: tuple[dict[str, float], ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy over folds."""
-        return float(np.mean(self.accuracies))
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over folds (of a sample; 0 for one fold)."""
-        return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else 0.0
-
-    def frame(self) -> pd.DataFrame:
-        """One row a fold."""
-        import pandas as pd
-
-        return pd.DataFrame([{"fold": fold, **row} for fold, row in zip(self.folds, self.results, strict=True)])
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the folds as csv."""
-        write_whole(Path(path), self.frame().to_csv(index=False))
-
-
-def cross_validate(
-    kind: str,
-    data: str,
-    readout: MakeReadout = "mean",
-    settings: GNNSettings | None = None,
-    *,
-    folds: Sequence[int] = tuple(range(10)),
-    frozen: bool = False,
-    path: str | os.PathLike[str] | None = None,
-    progress: Progress = lambda line: None,
-    device: torch.device | str = "cpu",
-) -> CrossValidation:
-    """Ten-fold protocol: fold k is the test part, k + 1 the validation part that chooses the epoch, the rest trains.
-
-    Args:
-        kind, readout, settings, device: as for :func:`train_gnn`.
-        data: a set of graphs for :func:`cenote.data.load_data`, ``"tu:MUTAG"`` or an archive.
-        folds: which folds to run.
-        frozen: train the network with the mean readout first, then the readout on its frozen history.
-        path: JSON file that keeps finished folds; the same call on the same graphs goes on behind them. Functions
-            that make readouts are told apart by name.
-        progress: called with a line of text for every fold.
-
-    Raises:
-        ValueError: a ``path`` that belongs to another configuration or to other graphs, a lambda or another readout
-            without a name where there is a ``path``, or what :func:`train_gnn` refuses.
-    """
-    settings = settings or GNNSettings()
-    name = readout if isinstance(readout, str) else getattr(readout, "__name__", "<lambda>")
-    key = {
-        "kind": kind, "data": Path(data).name, "readout": name, "frozen": frozen, **dataclasses.asdict(settings),
-    }  # fmt: skip
-    done: dict[str, dict[str, float]] = {}
-    if path is not None:
-        if name == "<lambda>":
-            raise ValueError("kept folds are told apart by the readout's name: give a named function, or no path")
-        key["fingerprint"] = _fingerprint(data)
-        if Path(path).exists():
-            kept = json.loads(Path(path).read_text())
-            if kept["key"] != key:
-                raise ValueError(f"{path} belongs to another configuration: {kept['key']}, expected {key}")
-            done = kept["folds"]
-    for fold in folds:
-        if str(fold) in done:
-            continue
-        loaded = load_data(data, fold=fold)
-        run = train_gnn(kind, loaded, "mean" if frozen else readout, settings, device=device)
-        seconds = run.seconds
-        if frozen:
-            run = train_head(run.network, loaded, readout, settings, device=device)
-            seconds += run.seconds
-        done[str(fold)] = {
-            "accuracy": run.test, "validation": run.validation, "epoch": run.epoch, "floored": run.floored,
-            "largest_weight": run.largest_weight, "seconds": round(seconds, 2),
-        }  # fmt: skip
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(Path(path), json.dumps({"key": key, "folds": done}, indent=2) + "\n")
-        progress(f"{kind} {name} on {key['data']}, fold {fold}: {run.test:.3f} in {seconds:.1f} s")
-    rows = [done[str(fold)] for fold in folds]
-    return CrossValidation(f"{kind} {name}", tuple(folds), tuple(row["accuracy"] for row in rows), tuple(rows))
-
-
-def _fingerprint(data: str) -> str:
-    """Of the graphs, their labels and their folds."""
-    loaded = load_data(data, fold=0)
-    parts = (loaded.train, loaded.validation, loaded.test)
-    return hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
-
-
 def _parts(data: Data, device: torch.device | str) -> tuple[PackedGraphs, PackedGraphs, PackedGraphs]:
     if data.modality != "graph" or data.task != "classification":
         raise ValueError(f"expected graphs with classes, got {data.modality}s for {data.task} in {data.name}")
     return PackedGraphs(data.train, device), PackedGraphs(data.validation, device), PackedGraphs(data.test, device)
-
-
-def _starts(counts: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-    return counts.cumsum(0) - counts
-
-
-def _ranges(starts: Int[Tensor, "n"], counts: Int[Tensor, "n"]) -> Int[Tensor, "total"]:
-    """``starts[i], starts[i] + 1, ...`` of ``counts[i]`` numbers, one range behind the other."""
-    return torch.repeat_interleave(starts - _starts(counts), counts) + torch.arange(
-        int(counts.sum()), device=counts.device
-    )
