@@ -20,6 +20,11 @@ import torch  # noqa: E402 (after the hook)
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    """Every test draws the same numbers wherever and behind whichever other test it runs."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         compiled = item.get_closest_marker("compiled") is not None

@@ -29,12 +29,14 @@ def test_the_own_class_is_seen_at_a_larger_angle(margin):
 
 def test_several_heads_average_their_cross_entropies_and_probabilities():
     x, labels = batch()
+    torch.manual_seed(0)
     loss = AAMSoftmax(12, 7, num_heads=3, margin=0.3, scale=20.0)
     out = loss(x, labels)
     each, probabilities = [], []
     for part, weight in zip(x.chunk(3, dim=1), loss.weight, strict=True):
         angle = (F.normalize(part, dim=1) @ F.normalize(weight, dim=0)).clamp(-1, 1).acos()
-        logits = 20 * (angle + 0.3 * F.one_hot(labels, 7)).cos()
+        moved = torch.where(angle + 0.3 < math.pi, (angle + 0.3).cos(), angle.cos() - 0.3 * math.sin(0.3))
+        logits = 20 * torch.where(F.one_hot(labels, 7).bool(), moved, angle.cos())
         each.append(F.cross_entropy(logits, labels))
         probabilities.append(logits.softmax(dim=1))
     torch.testing.assert_close(out.loss, torch.stack(each).mean())
