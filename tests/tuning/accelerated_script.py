@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from cenote.probe.store import FeatureStore
@@ -20,3 +21,6 @@ for name, options in job["runs"].items():
     if fit.main:
         fit.readout.save_pretrained(folder / name)
         (folder / name / "scores.json").write_text(json.dumps(fit.scores))
+# Without it the threads of a process group may still run when the interpreter ends, which aborts the process.
+PartialState().wait_for_everyone()
+PartialState().destroy_process_group()
