@@ -11,8 +11,8 @@ from PIL import Image
 
 from backbones.hosts import save_text, save_vision
 from cenote.backbones import load_backbone
+from cenote.probe.artefact import ENCODER_POOLER
 from cenote.probe.export_onnx import example_items, export_onnx, traceable
-from cenote.probe.readout import ENCODER_POOLER
 from probe.models import PatchBackbone, make_readout
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cenote.probe.readout import ENCODER_POOLER, Readout, ReadoutConfig
+from cenote.probe.artefact import ENCODER_POOLER
+from cenote.probe.readout import Readout, ReadoutConfig
 from cenote.types import Features, Grid
 from probe.models import PatchBackbone, make_readout
 

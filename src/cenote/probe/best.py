@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cenote.backbones.base import Backbone
+from cenote.probe.artefact import ENCODER_POOLER
 from cenote.probe.plan import Host
-from cenote.probe.readout import ENCODER_POOLER, Readout, ReadoutConfig
+from cenote.probe.readout import Readout, ReadoutConfig
 from cenote.probe.result import ProbeResult, Row
 from cenote.probe.tasks import Objective
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -78,3 +79,15 @@ class Terminal(AbstractContextManager):
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False)
+
+
+def display_totals(display: Display) -> Callable[[int, int], None]:
+    """``progress(done, total)`` for work that reports how far it is, where a display wants how far it has come."""
+    seen = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal seen
+        display.advance(done - seen)
+        seen = done
+
+    return progress

@@ -12,20 +12,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from cenote.backbones.base import Backbone
 from cenote.data.base import Items, Skipped
-from cenote.files import write_all
-from cenote.pooling import create_pooling
 from cenote.pooling.base import Pooling
+from cenote.probe.artefact import CONFIG, WEIGHTS, build_pooling, load_weights, pooled_vector, save_module
 from cenote.probe.card import embedding_card
 from cenote.probe.decode import decoded_batches, named_items
 from cenote.probe.hub import Pushable, locate
-from cenote.probe.readout import CARD, CONFIG, ENCODER_POOLER, WEIGHTS
 from cenote.types import Features, Grid, JudgedTask, TokenChoice
 
 FORMAT = 1
@@ -91,13 +86,7 @@ class EmbeddingConfig:
 
     def build_pooling(self) -> Pooling | None:
         """A fresh pooling, or ``None`` for the encoder's own."""
-        if self.pooling == ENCODER_POOLER:
-            return None
-        offered = {"num_layers": len(self.layers), "grid": self.grid}
-        options = {key: tuple(v) if isinstance(v, list) else v for key, v in self.options.items()}
-        return create_pooling(
-            self.pooling, dim=self.dim, **{k: v for k, v in offered.items() if v is not None} | options
-        )
+        return build_pooling(self)
 
 
 class Encoded(NamedTuple):
@@ -142,18 +131,7 @@ class EmbeddingReadout(nn.Module, Pushable):
         Raises:
             ValueError: the features lack a layer that is read, or the encoder's pooled output.
         """
-        if self.pooling is None:
-            if features.pooled is None:
-                raise ValueError("this readout uses the encoder's own pooled output, and these features have none")
-            vector = features.pooled
-        else:
-            missing = [n for n in self.config.layers if n not in features.layers]
-            if missing:
-                raise ValueError(f"this readout reads hidden state(s) {missing}, but there are {list(features.layers)}")
-            hidden, mask = features.select(self.config.tokens)
-            chosen = hidden[:, [features.layers.index(n) for n in self.config.layers]]
-            vector = self.pooling(chosen[:, -1] if self.pooling.layers == "last" else chosen, mask)
-        vector = vector.float()
+        vector = pooled_vector(features, self.config, self.pooling).float()
         return F.normalize(vector if self.norm is None else self.norm(vector), dim=-1)
 
     def encode(
@@ -215,10 +193,7 @@ class EmbeddingReadout(nn.Module, Pushable):
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``model.safetensors``, a card ``README.md`` and ``config.json`` into ``folder``, all or none."""
-        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
-        weights = save_tensors(state, metadata={"format": "pt"})
-        write_all(folder, {WEIGHTS: weights, CARD: embedding_card(self.config), CONFIG: self.config.to_json()})
-        return Path(folder)
+        return save_module(self, folder, embedding_card(self.config), self.config.to_json())
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> EmbeddingReadout:
@@ -229,10 +204,5 @@ class EmbeddingReadout(nn.Module, Pushable):
         """
         config_path, weights_path = locate(source, (CONFIG, WEIGHTS), revision)
         readout = cls(EmbeddingConfig.from_json(config_path.read_text()))
-        try:
-            readout.load_state_dict(load_tensors(weights_path.read_bytes()))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(
-                f"{weights_path} does not hold the weights that its config.json describes: {error}"
-            ) from None
+        load_weights(readout, weights_path)
         return readout

@@ -19,7 +19,7 @@ from cenote.backbones.base import Backbone
 from cenote.data.base import Data
 from cenote.data.judged import JudgedData, Labels
 from cenote.data.judged_load import load_judged
-from cenote.probe.display import Display, Quiet
+from cenote.probe.display import Display, Quiet, display_totals
 from cenote.probe.extract import extract
 from cenote.probe.feed import Feed
 from cenote.probe.judged_files import Finished, write_judged
@@ -29,8 +29,9 @@ from cenote.probe.judged_scores import judge_of
 from cenote.probe.judged_training import CONTRASTIVE_LRS, Loss
 from cenote.probe.plan import GROUPS, Candidate, Host, plan, split_specs
 from cenote.probe.result import ProbeResult
-from cenote.probe.run import _listed, _plain, stored_layers
+from cenote.probe.run import stored_layers
 from cenote.probe.search import Index
+from cenote.probe.settings import backbone_settings, grid_settings, listed
 from cenote.probe.train import Schedule
 from cenote.probe.write import Folder
 from cenote.types import resolve_layers
@@ -147,9 +148,7 @@ def probe_judged(
     )  # fmt: skip
     options = data_options or {}
     settings: dict[str, Any] = {
-        "backbone": backbone.spec,
-        "backbone_options": _plain(backbone_options),
-        "backbone_fingerprint": backbone.fingerprint(),
+        **backbone_settings(backbone, backbone_options),
         "data": data.name,
         "data_fingerprint": {"items": data.fingerprint, "judgements": _digest(data)},
         "items": {"all": len(data), **{name: _size(part) for name, part in _parts(data)}},
@@ -157,15 +156,8 @@ def probe_judged(
         "train_on": None if options.get("train_on") is None else str(options["train_on"]),
         "query_prompt": options.get("query_prompt", ""),
         "document_prompt": options.get("document_prompt", ""),
-        "readouts": _listed(readouts),
-        "layers": list(wanted),
-        "stored_layers": list(stored),
-        "tokens": _listed(tokens),
-        "lrs": _listed(lrs),
-        "query_factors": _listed(query_factors),
-        "seeds": seeds,
+        **grid_settings(readouts, wanted, stored, tokens, lrs, query_factors, seeds, dtype),
         "normalise": "standardise" if standardise else "none",
-        "dtype": str(dtype).removeprefix("torch."),
     }
     if schedule is not None:
         settings |= {
@@ -180,7 +172,7 @@ def probe_judged(
     if data.train is not None and labels is None:
         contrastive = _contrastive(contrastive, batch_size)
         chosen = dataclasses.asdict(contrastive)
-        settings["contrastive"] = {key: _listed(v) if isinstance(v, tuple) else v for key, v in chosen.items()}
+        settings["contrastive"] = {key: listed(v) if isinstance(v, tuple) else v for key, v in chosen.items()}
     names = split_specs(readouts)
     if "knn" in names:
         raise ValueError(f"knn names classes, so {data.task} cannot judge it")
@@ -190,14 +182,7 @@ def probe_judged(
     folder = Folder(Path(out), settings, resume) if out is not None else None
 
     display.stage("extract", len(data))
-    seen = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal seen
-        display.advance(done - seen)
-        seen = done
-
-    store = extract(backbone, data, layers=stored, cache_dir=cache_dir, dtype=dtype, on_batch=progress)
+    store = extract(backbone, data, layers=stored, cache_dir=cache_dir, dtype=dtype, on_batch=display_totals(display))
     host = Host(store.dim, tuple(store.layers), store.grid, store.prefix, data.modality, store.uniform)
     everything = len(names) == 1 and names[0] in GROUPS
     candidates = plan(readouts, host, *grid[1:])

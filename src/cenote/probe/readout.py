@@ -8,24 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from cenote.backbones.base import Backbone
-from cenote.files import write_all
-from cenote.pooling import create_pooling
 from cenote.pooling.base import Pooling
+from cenote.probe.artefact import (
+    CONFIG,
+    WEIGHTS,
+    build_pooling,
+    load_weights,
+    pooled_vector,
+    save_module,
+    select_tokens_of,
+)
 from cenote.probe.card import model_card
 from cenote.probe.hub import Pushable, locate
 from cenote.types import Features, Grid, Task, TokenChoice
 
 FORMAT = 1
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-ENCODER_POOLER = "encoder_pooler"
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,7 @@ class ReadoutConfig:
 
     def build_pooling(self) -> Pooling | None:
         """A fresh pooling, or ``None`` for ``"encoder_pooler"``."""
-        if self.pooling == ENCODER_POOLER:
-            return None
-        offered = {"num_layers": len(self.layers), "grid": self.grid}
-        options = {key: tuple(v) if isinstance(v, list) else v for key, v in self.options.items()}
-        return create_pooling(
-            self.pooling, dim=self.dim, **{k: v for k, v in offered.items() if v is not None} | options
-        )
+        return build_pooling(self)
 
 
 class Readout(nn.Module, Pushable):
@@ -171,18 +166,13 @@ class Readout(nn.Module, Pushable):
 
     def vector(self, features: Features) -> Float[Tensor, "batch width"]:
         """The pooled vector in front of normalisation and head."""
-        if self.pooling is None:
-            if features.pooled is None:
-                raise ValueError("this readout uses the encoder's own pooled output, and these features have none")
-            return features.pooled
-        tokens, mask = self._select(features)
-        return self.pooling(tokens, mask)
+        return pooled_vector(features, self.config, self.pooling)
 
     def weights(self, features: Features) -> Float[Tensor, "batch queries tokens"]:
         """What each query attends to; ``ValueError`` where the pooling does not attend."""
         if self.pooling is None:
             raise ValueError("the encoder's own pooler gives no attention weights")
-        tokens, mask = self._select(features)
+        tokens, mask = select_tokens_of(features, self.config, self.pooling)
         return self.pooling(tokens, mask, return_weights=True)[1]
 
     def predict_proba(self, features: Features) -> Float[Tensor, "batch classes"]:
@@ -191,19 +181,6 @@ class Readout(nn.Module, Pushable):
             raise ValueError("a regression readout has no class probabilities: call it for its values")
         scores = self(features)
         return scores.softmax(dim=-1) if self.config.task == "classification" else scores.sigmoid()
-
-    def _select(self, features: Features) -> tuple[Tensor, Tensor]:
-        missing = [n for n in self.config.layers if n not in features.layers]
-        if missing:
-            raise ValueError(
-                f"this readout reads hidden state(s) {missing}, but the features hold {list(features.layers)}"
-            )
-        hidden, mask = features.select(self.config.tokens)
-        index = [features.layers.index(n) for n in self.config.layers]
-        assert self.pooling is not None
-        if self.pooling.layers == "last":
-            return hidden[:, index[-1]], mask
-        return torch.stack([hidden[:, i] for i in index], dim=1), mask
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise ``ValueError`` unless ``backbone`` has the weights and the width that this readout was trained on."""
@@ -221,10 +198,7 @@ class Readout(nn.Module, Pushable):
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``model.safetensors``, a card ``README.md`` and ``config.json`` into ``folder``, all or none."""
-        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
-        weights = save_tensors(state, metadata={"format": "pt"})
-        write_all(folder, {WEIGHTS: weights, CARD: model_card(self.config), CONFIG: self.config.to_json()})
-        return Path(folder)
+        return save_module(self, folder, model_card(self.config), self.config.to_json())
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Readout:
@@ -238,12 +212,6 @@ class Readout(nn.Module, Pushable):
             ValueError: neither a folder with a readout nor a repository; damaged or foreign files.
         """
         config_path, weights_path = locate(source, (CONFIG, WEIGHTS), revision)
-        config = ReadoutConfig.from_json(config_path.read_text())
-        readout = cls(config)
-        try:
-            readout.load_state_dict(load_tensors(weights_path.read_bytes()))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(
-                f"{weights_path} does not hold the weights that its config.json describes: {error}"
-            ) from None
+        readout = cls(ReadoutConfig.from_json(config_path.read_text()))
+        load_weights(readout, weights_path)
         return readout

@@ -17,7 +17,7 @@ from cenote.backbones.base import Backbone
 from cenote.data import load_data
 from cenote.data.base import Data
 from cenote.data.judged import JudgedData
-from cenote.probe.display import Display, Quiet
+from cenote.probe.display import Display, Quiet, display_totals
 from cenote.probe.engine import Engine, connect
 from cenote.probe.extract import extract
 from cenote.probe.feed import Feed
@@ -39,6 +39,7 @@ from cenote.probe.plan import (
 )
 from cenote.probe.result import ProbeResult
 from cenote.probe.rows import assemble
+from cenote.probe.settings import backbone_settings, grid_settings
 from cenote.probe.tasks import Objective, to_device_targets
 from cenote.probe.train import Group, Schedule, train_groups
 from cenote.probe.write import Folder
@@ -161,27 +162,18 @@ def probe(
     )
     parts = {"train": data.train, "validation": data.validation, "test": data.test}
     settings: dict[str, Any] = {
-        "backbone": backbone.spec,
-        "backbone_options": _plain(backbone_options),
-        "backbone_fingerprint": backbone.fingerprint(),
+        **backbone_settings(backbone, backbone_options),
         "data": data.name,
         "data_fingerprint": {name: split.fingerprint for name, split in parts.items()},
         "items": {name: len(split) for name, split in parts.items()},
         "task": data.task,
-        "readouts": _listed(readouts),
-        "layers": list(wanted),
-        "stored_layers": list(stored),
-        "tokens": _listed(tokens),
-        "lrs": _listed(lrs),
-        "query_factors": _listed(query_factors),
-        "seeds": seeds,
+        **grid_settings(readouts, wanted, stored, tokens, lrs, query_factors, seeds, dtype),
         "epochs": schedule.epochs,
         "batch_size": schedule.batch_size,
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "patience": patience,
         "views": views,
-        "dtype": str(dtype).removeprefix("torch."),
         "open_set": None if opened is None else opened.settings,
     }
     folder = Folder(Path(out), settings, resume) if out is not None else None
@@ -196,16 +188,10 @@ def probe(
     ]
     for part, split, view in jobs:
         display.stage(f"extract {part}" + (f" (view {view})" if view else ""), len(split))
-        seen = 0
-
-        def progress(done: int, total: int) -> None:
-            nonlocal seen
-            display.advance(done - seen)
-            seen = done
-
         stores[part, view] = extract(
-            backbone, split, layers=stored, cache_dir=cache_dir, dtype=dtype, on_batch=progress, view=view,
-            augment=augment if view else None, elsewhere=None if cluster is None else cluster.extraction(source),
+            backbone, split, layers=stored, cache_dir=cache_dir, dtype=dtype, on_batch=display_totals(display),
+            view=view, augment=augment if view else None,
+            elsewhere=None if cluster is None else cluster.extraction(source),
         )  # fmt: skip
 
     first = stores["train", 0]
@@ -260,18 +246,6 @@ def probe(
     if folder is not None:
         result = folder.write(result, outcomes, backbone, host, objective)
     return result
-
-
-def _listed(value: Any) -> Any:
-    """A sequence as a list; names and ``None`` as they are."""
-    return value if value is None or isinstance(value, str) else list(value)
-
-
-def _plain(options: dict[str, Any] | None) -> dict[str, Any]:
-    """Options of the backbone that change its features, JSON-able: how it is loaded, not where it runs or which
-    revision."""
-    chosen = {k: v for k, v in (options or {}).items() if k not in ("device", "device_map", "revision")}
-    return {k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in chosen.items()}
 
 
 def stored_layers(readouts: str | Sequence[str], wanted: tuple[int, ...], backbone: Backbone) -> tuple[int, ...]:
