@@ -132,15 +132,16 @@ def page(name: str, backbone: str, expectation: str, came_out: Sequence[str], re
     frame = result.frame()[list(columns)].rename(columns=columns)
     table = ["| " + " | ".join(frame.columns) + " |", "|" + " --- |" * len(frame.columns)]
     table += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in frame.itertuples(index=False)]
-    items = settings["items"]
+    items, seeds = settings["items"], settings["seeds"]
+    given = "" if seeds == 3 else f" --seeds {seeds}"
     return "\n".join(
         [
             f"# {name}", "",
             f"Backbone: {backbone}. Items: {items['train']} train, {items['validation']} validation, "
-            f"{items['test']} test. {settings['seeds']} seeds, {settings['epochs']} epochs, "
+            f"{items['test']} test. {seeds} seeds, {settings['epochs']} epochs, "
             f"batch {settings['batch_size']}.", "",
             f"**Expected.** {expectation}", "", "**Came out.** " + " ".join(came_out), "", *table, "",
-            f"Made by `python tools/{tool} {name}`.", "",
+            f"Made by `python tools/{tool} {name}{given}`.", "",
         ]
     )  # fmt: skip
 
