@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cenote.ops.masked import require_real_tokens, zero_padding
+from cenote.ops.checks import check_tokens
+from cenote.ops.masked import zero_padding
 from cenote.ops.query_attention import Read, attend
 from cenote.types import Modality
 
@@ -75,28 +75,7 @@ class Pooling(nn.Module):
 
     def check(self, tokens: Tensor, mask: Tensor | None) -> None:
         """Raise if the input is not what this pooling takes; see :meth:`forward`."""
-        kind = type(self).__name__
-        rank, axes = (3, "(batch, tokens, dim)") if self.layers == "last" else (4, "(batch, layers, tokens, dim)")
-        if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-            raise TypeError(
-                f"{kind} expects floating-point tokens, got {getattr(tokens, 'dtype', type(tokens).__name__)}"
-            )
-        if tokens.ndim != rank:
-            raise ValueError(f"{kind} expects tokens {axes}, got shape {tuple(tokens.shape)}")
-        if tokens.shape[-1] != self.dim:
-            raise ValueError(f"{kind} was built for dim={self.dim}, got tokens of width {tokens.shape[-1]}")
-        if tokens.shape[-2] == 0:
-            raise ValueError(f"{kind} needs at least one token, got shape {tuple(tokens.shape)}")
-        if mask is None:
-            return
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(
-                f"{kind} expects a boolean mask (True = real token), got {getattr(mask, 'dtype', type(mask).__name__)}"
-            )
-        expected = (tokens.shape[0], tokens.shape[-2])
-        if tuple(mask.shape) != expected:
-            raise ValueError(f"{kind} expects a mask of shape {expected}, got {tuple(mask.shape)}")
-        require_real_tokens(mask)
+        check_tokens(type(self).__name__, tokens, mask, self.dim, layers=self.layers == "all")
 
     @abstractmethod
     def _pool(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
 import importlib
-import inspect
 from typing import Any
 
 from torch import Tensor
 
 from cenote.pooling.base import Pooling
 from cenote.pooling.layers import ConcatLayers, LayerReduction, MeanLayers, OneLayer, WeightedLayers
+from cenote.specs import accepted, check_options, parse_spec, unknown_name
 
 _FILES = {
     "attentive_statistics": "attentive_statistics:AttentiveStatistics",
@@ -63,9 +61,7 @@ def pooling_class(name: str) -> type[Pooling]:
     """The class behind a pooling name or alias; ``ValueError`` with the nearest names if there is none."""
     name = _ALIASES.get(name, name)
     if name not in _FILES:
-        near = difflib.get_close_matches(name, [*_FILES, *_ALIASES, *_LAYER_REDUCTIONS], n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else f"; known are {', '.join(list_poolings())}"
-        raise ValueError(f"unknown pooling {name!r}{hint}")
+        raise unknown_name("pooling", name, [*_FILES, *_ALIASES, *_LAYER_REDUCTIONS], list_poolings())
     file, _, attribute = _FILES[name].partition(":")
     return getattr(importlib.import_module(f"cenote.pooling.{file}"), attribute)
 
@@ -102,7 +98,7 @@ def create_pooling(spec: str, *, dim: int, **options: Any) -> Pooling:
     Raises:
         ValueError: unknown name (nearest names suggested), malformed spec, an option that no part takes.
     """
-    parts = [_parse(part) for part in spec.split(">")]
+    parts = [parse_spec(part) for part in spec.split(">")]
     if len(parts) > 2:
         raise ValueError(f"a spec is 'pooling' or 'layer_reduction > pooling', got {spec!r}")
     reduction: LayerReduction | None = None
@@ -110,51 +106,24 @@ def create_pooling(spec: str, *, dim: int, **options: Any) -> Pooling:
     if len(parts) == 2:
         name, inline = parts[0]
         if name not in _LAYER_REDUCTIONS:
-            near = difflib.get_close_matches(name, _LAYER_REDUCTIONS, n=3) or list_layer_reductions()
-            raise ValueError(f"unknown layer reduction {name!r}; did you mean {', '.join(near)}?")
+            raise unknown_name("layer reduction", name, _LAYER_REDUCTIONS)
         reduction_class = _LAYER_REDUCTIONS[name]
         if "num_layers" not in options | inline:
             raise ValueError(f"{name} needs num_layers")
-        chosen = _accepted(reduction_class, options)
+        chosen = accepted(reduction_class, options)
         unused -= set(chosen)
         reduction = reduction_class(dim, **{**chosen, **inline})
         width = reduction.out_dim
     name, inline = parts[-1]
     cls = pooling_class(name)
-    chosen = _accepted(cls, options)
+    chosen = accepted(cls, options)
     unused -= set(chosen)
     if unused:
         raise ValueError(f"no part of {spec!r} takes the option(s) {', '.join(sorted(unused))}")
-    unknown = set(inline) - set(inspect.signature(cls).parameters)
-    if unknown:
-        raise ValueError(f"{name} takes no option(s) {', '.join(sorted(unknown))}; it takes {inspect.signature(cls)}")
+    check_options(name, cls, inline)
     pooling = cls(width, **{**chosen, **inline})
     if reduction is None:
         return pooling
     if pooling.layers != "last":
         raise ValueError(f"{name} reads all layers itself, so no layer reduction can stand in front of it")
     return ComposedPooling(reduction, pooling)
-
-
-def _parse(part: str) -> tuple[str, dict[str, Any]]:
-    """``"gem(p=3)"`` to ``("gem", {"p": 3})``; only literals are read."""
-    part = part.strip()
-    try:
-        node = ast.parse(part, mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id, {}
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and not node.args
-            and len({k.arg for k in node.keywords}) == len(node.keywords)
-        ):
-            return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    except (SyntaxError, ValueError):
-        pass
-    raise ValueError(f"cannot read {part!r}: write a name such as 'mean' or 'efficient_probing(num_queries=8)'")
-
-
-def _accepted(cls: type, options: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(cls).parameters
-    return {key: value for key, value in options.items() if key in parameters and key != "dim"}

@@ -1,0 +1,4 @@
+"""Placeholder."""
+
+
+def replace_mixer() -> None: ...

@@ -1,0 +1,96 @@
+"""Multi-head softmax self-attention: what every other mixer is compared with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cenote.mixing.base import MixerContext, RecurrentMixer, State
+from cenote.ops.masked import widen
+from cenote.ops.rotary import rotate, token_positions
+
+
+class SoftmaxAttention(RecurrentMixer):
+    """``softmax(Q K^T / sqrt(head_dim)) V`` for each head, then a linear map.
+
+    Args:
+        dim: token width.
+        num_heads: heads; ``dim`` must be divisible by it. 1 for each ``head_dim`` channels if that is given instead.
+        head_dim: width of a head in place of ``num_heads``.
+        causal: a token attends to itself and earlier ones only. Needed for :meth:`chunk` and :meth:`step`, whose
+            state is the keys and values so far.
+        qkv_bias: bias of the query, key and value maps.
+        proj_bias: bias of the output map.
+        rope_theta: base of rotary positions; ``None`` for attention that does not know the order.
+
+    Raises:
+        ValueError: a width that the heads do not divide; a chunk of an attention that is not causal.
+    """
+
+    name = "softmax_attention"
+    attends = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        head_dim: int | None = None,
+        causal: bool = False,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        rope_theta: float | None = None,
+    ) -> None:
+        super().__init__(dim)
+        num_heads = num_heads if head_dim is None else dim // max(head_dim, 1)
+        if num_heads < 1 or dim % num_heads or (head_dim is not None and dim != num_heads * head_dim):
+            raise ValueError(f"dim={dim} is not divisible into heads (num_heads={num_heads}, head_dim={head_dim})")
+        self.num_heads, self.causal, self.rope_theta = num_heads, causal, rope_theta
+        self.permutation_equivariant = not causal and rope_theta is None
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def _heads(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each ``(batch, heads, tokens, head_dim)``."""
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.rope_theta is not None:
+            query, key = (rotate(x, positions, self.rope_theta) for x in (query, key))
+        return query, key, value
+
+    def _mix(
+        self, tokens: Tensor, mask: Tensor | None, context: MixerContext, return_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        query, key, value = self._heads(tokens, token_positions(tokens.shape[1], context.positions, tokens.device))
+        seen = None if mask is None else mask[:, None, None]
+        if self.causal and (mask is not None or return_weights):
+            order = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+            seen = (
+                order if seen is None else order & seen | torch.eye(len(order), dtype=torch.bool, device=order.device)
+            )
+        if return_weights:
+            scores = widen(query) @ widen(key).transpose(-1, -2) * query.shape[-1] ** -0.5
+            weights = (scores if seen is None else scores.masked_fill(~seen, float("-inf"))).softmax(dim=-1)
+            return self._merge(weights.to(value.dtype) @ value), weights
+        causal = self.causal and seen is None
+        return self._merge(F.scaled_dot_product_attention(query, key, value, seen, is_causal=causal)), None
+
+    def _merge(self, heads: Tensor) -> Tensor:
+        return self.proj(heads.transpose(1, 2).flatten(2))
+
+    def initial_state(self, tokens: Tensor) -> State:
+        past = tokens.new_zeros(tokens.shape[0], self.num_heads, 0, self.dim // self.num_heads)
+        return past, past, tokens.new_zeros(tokens.shape[0], 0, dtype=torch.bool)
+
+    def _chunk(self, tokens: Tensor, state: State, mask: Tensor | None, context: MixerContext) -> tuple[Tensor, State]:
+        if not self.causal:
+            raise ValueError("attention that sees later tokens has no chunks: build it with causal=True")
+        keys, values, real = state
+        past, count = keys.shape[2], tokens.shape[1]
+        query, key, value = self._heads(tokens, token_positions(count, context.positions, tokens.device, past))
+        fresh = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
+        keys, values, real = torch.cat([keys, key], 2), torch.cat([values, value], 2), torch.cat([real, fresh], 1)
+        order = torch.ones(count, past + count, dtype=torch.bool, device=tokens.device).tril(past)
+        itself = torch.eye(count, past + count, dtype=torch.bool, device=tokens.device).roll(past, 1)
+        seen = order & real[:, None, None] | itself  # a padded token sees itself, so that no row is empty
+        mixed = F.scaled_dot_product_attention(query, keys.to(query.dtype), values.to(query.dtype), seen)
+        return self._merge(mixed), (keys, values, real)

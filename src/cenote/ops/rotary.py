@@ -1,0 +1,39 @@
+"""Rotary position embedding: a token's number becomes a rotation of its queries and keys."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def rotate(
+    x: Float[Tensor, "batch heads tokens head_dim"],
+    positions: Int[Tensor, "#batch tokens"],
+    theta: float = 10000.0,
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """Turn the pair ``(x_i, x_{i + head_dim/2})`` by the angle ``position * theta^(-2 i / head_dim)``.
+
+    The pairing is that of Llama and Qwen: first half with second half. Inner products of rotated queries and keys
+    depend on the difference of their positions only. Angles are taken in float32.
+
+    Raises:
+        ValueError: an odd head dimension.
+    """
+    half, odd = divmod(x.shape[-1], 2)
+    if odd:
+        raise ValueError(f"rotary positions need an even head dimension, got {x.shape[-1]}")
+    rates = theta ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = positions[:, None, :, None].float() * rates
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def token_positions(
+    tokens: int, positions: Int[Tensor, "batch tokens"] | None, device: torch.device, start: int = 0
+) -> Int[Tensor, "rows tokens"]:
+    """The given positions, or ``start, start + 1, ...`` in one row for all items."""
+    if positions is not None:
+        return positions
+    return torch.arange(start, start + tokens, device=device)[None]
