@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,7 +43,7 @@ class MixerContext:
     embeddings: Float[Tensor, "batch tokens dim"] | None = None
     stream: Float[Tensor, "streams stream_tokens dim"] | None = None
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> MixerContext:
         """The same context with some fields changed."""
         return replace(self, **changes)
 

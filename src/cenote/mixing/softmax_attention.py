@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cenote.mixing.base import MixerContext, RecurrentMixer, State
 from cenote.ops.masked import widen
-from cenote.ops.rotary import rotate, token_positions
+from cenote.ops.rotary import real_positions, rotate
 
 
 class SoftmaxAttention(RecurrentMixer):
@@ -50,17 +50,21 @@ class SoftmaxAttention(RecurrentMixer):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def _heads(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, tokens: Tensor, mask: Tensor | None, context: MixerContext, before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each ``(batch, heads, tokens, head_dim)``."""
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if self.rope_theta is not None:
+            real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
+            positions = real_positions(real, before) if context.positions is None else context.positions
             query, key = (rotate(x, positions, self.rope_theta) for x in (query, key))
         return query, key, value
 
     def _mix(
         self, tokens: Tensor, mask: Tensor | None, context: MixerContext, return_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        query, key, value = self._heads(tokens, token_positions(tokens.shape[1], context.positions, tokens.device))
+        query, key, value = self._heads(tokens, mask, context)
         seen = None if mask is None else mask[:, None, None]
         if self.causal and (mask is not None or return_weights):
             order = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
@@ -86,7 +90,7 @@ class SoftmaxAttention(RecurrentMixer):
             raise ValueError("attention that sees later tokens has no chunks: build it with causal=True")
         keys, values, real = state
         past, count = keys.shape[2], tokens.shape[1]
-        query, key, value = self._heads(tokens, token_positions(count, context.positions, tokens.device, past))
+        query, key, value = self._heads(tokens, mask, context, real.sum(dim=1))
         fresh = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
         keys, values, real = torch.cat([keys, key], 2), torch.cat([values, value], 2), torch.cat([real, fresh], 1)
         order = torch.ones(count, past + count, dtype=torch.bool, device=tokens.device).tril(past)

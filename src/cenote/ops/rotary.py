@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -30,10 +30,10 @@ def rotate(
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def token_positions(
-    tokens: int, positions: Int[Tensor, "batch tokens"] | None, device: torch.device, start: int = 0
-) -> Int[Tensor, "rows tokens"]:
-    """The given positions, or ``start, start + 1, ...`` in one row for all items."""
-    if positions is not None:
-        return positions
-    return torch.arange(start, start + tokens, device=device)[None]
+def real_positions(
+    mask: Bool[Tensor, "batch tokens"], before: Int[Tensor, "batch"] | None = None
+) -> Int[Tensor, "batch tokens"]:
+    """Number of each token among the real ones of its row, counted on from ``before`` earlier ones; padding takes no
+    number, so a token keeps its own wherever padding stands."""
+    number = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return number if before is None else number + before[:, None]

@@ -1,0 +1,47 @@
+"""What the batteries of mixer properties run over, and what they cannot know from a name."""
+
+import torch
+
+from cenote.mixing import MixerContext, create_mixer, list_mixers
+from cenote.types import Grid
+
+# Heads of 4, 6 and 8 divide the width; the grid holds blocks of 2 and of 4 cells.
+DIM, GRID = 48, (4, 4)
+
+# Constructor options by name, where the defaults do not fit DIM and GRID.
+OPTIONS: dict[str, dict] = {}
+
+# Settings beside the defaults that take another path through a mixer.
+VARIANTS = [
+    "softmax_attention(causal=True, rope_theta=10000.0, num_heads=6)",
+    "softmax_attention(causal=True, qkv_bias=True)",
+]
+
+SPECS = [*list_mixers(), *VARIANTS]
+
+
+def base_name(spec: str) -> str:
+    return spec.strip().partition("(")[0]
+
+
+def make(spec: str, **options):
+    return create_mixer(spec, dim=DIM, defaults=OPTIONS.get(base_name(spec), {}), **options)
+
+
+def context_for(mixer, tokens, mask) -> MixerContext:
+    """What a mixer needs, the same for a token wherever padding stands."""
+    batch, count = tokens.shape[:2]
+    mask = torch.ones(batch, count, dtype=torch.bool) if mask is None else mask
+    rank = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    given: dict = {}
+    if "grid" in mixer.needs:
+        given["grid"] = Grid(*GRID)
+    if "segment_ids" in mixer.needs:
+        given["segment_ids"] = rank // 4
+    if "special_mask" in mixer.needs:
+        given["special_mask"] = (rank == 0) & mask
+    if "embeddings" in mixer.needs:
+        given["embeddings"] = tokens.flip(-1).nan_to_num().masked_fill(~mask[..., None], 0.0)
+    if "stream" in mixer.needs:
+        given["stream"] = torch.randn(1, 32, tokens.shape[2], generator=torch.Generator().manual_seed(5))
+    return MixerContext(**given)
