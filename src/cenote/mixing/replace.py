@@ -1,4 +1,0 @@
-"""Placeholder."""
-
-
-def replace_mixer() -> None: ...
