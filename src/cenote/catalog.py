@@ -300,6 +300,7 @@ SYSTEMS: tuple[System, ...] = (
         "2307.11353",
         "mixing",
         "One attention layer with frozen random queries and keys, its values fitted by ridge regression.",
+        entry_point="cenote.mixing.random_feature_attention_layer:RandomFeatureAttentionLayer",
         hosts=("a query and a set of keys",),
     ),
     System(

@@ -66,7 +66,7 @@ class _ReadoutEstimator(BaseEstimator):
         """Checked input as features, and the floating-point type to answer in."""
         ranks = {getattr(item, "ndim", 0) for item in X} if isinstance(X, list | tuple) else set()
         if ranks in ({2}, {3}):
-            tokens, mask = _padded(X)
+            tokens, mask = padded_items(X)
         else:
             if getattr(X, "ndim", 2) > 2:
                 tokens = np.asarray(X)
@@ -231,7 +231,7 @@ class ReadoutTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Rea
         return tags
 
 
-def _padded(items: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+def padded_items(items: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Arrays ``([layers,] tokens, dim)`` of different lengths as one, and the mask of the real tokens."""
     arrays = [np.asarray(item, dtype=float) for item in items]
     widths = {array.shape[-1] for array in arrays}
