@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from cenote.ops.masked import masked_softmax, require_real_tokens, zero_padding
 
-Activation = Literal["relu", "softmax"] | Callable[[Tensor], Tensor]
+Activation = str | Callable[[Tensor], Tensor]
+"""``"relu"``, ``"softmax"`` over the keys, or a function of the scores."""
 
 
 def augment(x: Float[Tensor, "*axes dim"]) -> Float[Tensor, "*axes dim+1"]:
