@@ -9,14 +9,21 @@ import typer
 
 
 def command(
-    slug: Annotated[str, typer.Argument(metavar="SLUG", help="Name of the system, as `cenote list` prints it.")],
+    slug: Annotated[
+        str | None, typer.Argument(metavar="SLUG", help="Name of the system, as `cenote list` prints it.")
+    ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Every system in turn, and one table of all; goes on where it was interrupted."),
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick/--full", help="About a minute, or everything that the evidence pages show.")
     ] = True,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for results.json, evidence.md and figure.png. [default: runs/SLUG]", show_default=False
+            help="Folder for results.json, evidence.md and figure.png. [default: runs/SLUG, or runs with --all]",
+            show_default=False,
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for statistical claims.")] = 3,
@@ -38,7 +45,15 @@ def command(
       cenote reproduce efficient-probing --full --seeds 5 --out ep-evidence
 
       cenote reproduce spp --data ~/data
-    """
-    from cenote.reproductions import reproduce
 
+      cenote reproduce --all --quick
+    """
+    from cenote.reproductions import reproduce, reproduce_all
+
+    if every == (slug is not None):
+        raise ValueError("name one system (`cenote list` prints them), or give --all")
+    if every:
+        overview = reproduce_all(quick=quick, out=out or Path("runs"), seeds=tuple(range(seeds)), data_dir=data)
+        raise typer.Exit(1 if overview.failed else 0)
+    assert slug is not None
     reproduce(slug, quick=quick, out=out or Path("runs") / slug, seeds=tuple(range(seeds)), data_dir=data)

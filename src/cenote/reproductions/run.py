@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cenote.catalog import SYSTEMS, find
 from cenote.files import write_all
@@ -127,7 +127,7 @@ def reproduce(
     out: str | Path | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     data_dir: str | Path | None = None,
-    verbose: bool = True,
+    verbose: bool | Literal["progress"] = True,
 ) -> ReproductionResult:
     """Run a paper's central claim on this machine.
 
@@ -138,7 +138,8 @@ def reproduce(
         seeds: one run of every statistical claim for each.
         data_dir: folder with the larger data sets; by default the environment variable ``CENOTE_DATA``, and
             without it the findings that need them are left out and named.
-        verbose: print progress (standard error) and the table of measured against expected (standard output).
+        verbose: print progress (standard error) and the table of measured against expected (standard output), or
+            ``"progress"`` alone.
 
     Returns:
         The findings; ``.verdict`` is that of the central one and may be negative.
@@ -167,7 +168,7 @@ def reproduce(
         reproduction.slug, reproduction.claim, findings, tuple(seeds), quick, seconds, skipped, figure
     )
     written = result.save(out) if out is not None else []
-    if verbose:
+    if verbose is True:
         print_result(result)
         if written:
             print(f"written: {', '.join(str(path) for path in written)}")
