@@ -7,10 +7,13 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from cenote import cli
 from cenote.catalog import find
+from cenote.mixing import create_mixer, list_mixers
+from cenote.mixing import registry as mixers
 from cenote.pooling import create_pooling, list_layer_reductions, list_poolings, registry
 from cenote.reproductions.base import Settings
 
@@ -63,6 +66,12 @@ def test_table_of_readouts_is_complete():
     assert set(re.findall(r"`(\w+_layers?)`", section)) == set(list_layer_reductions())
 
 
+def test_table_of_mixers_is_complete():
+    section = README.partition("## Mixers")[2].partition("\n## ")[0]
+    named = {name for row in section.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(list_mixers())
+
+
 def test_files_that_are_named_exist():
     for page in (README, CONTRIBUTING):
         for path in re.findall(r"\]\((?!https?:)([\w./-]+)\)", page):
@@ -73,7 +82,7 @@ def test_files_that_are_named_exist():
 
 def test_contributing_recipe_works(monkeypatch):
     """The example readout, registered as told, and its example reproduction."""
-    method, reproduction = blocks(CONTRIBUTING)
+    method, reproduction, _ = blocks(CONTRIBUTING)
     module = types.ModuleType("cenote.pooling.your_method")
     exec(compile(method, "your_method.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -85,3 +94,20 @@ def test_contributing_recipe_works(monkeypatch):
     (found,) = scope["REPRODUCTION"].run(Settings())
     assert found.verdict == "holds"
     assert len(found.values) == 3
+
+
+def test_contributing_mixer_works(monkeypatch):
+    """The example mixer, registered as told: the running mean, whole and in stretches, with padding in between."""
+    *_, code = blocks(CONTRIBUTING)
+    module = types.ModuleType("cenote.mixing.your_method")
+    exec(compile(code, "your_method.py", "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(mixers._FILES, "running_mean", "your_method:RunningMean")
+    mix = create_mixer("running_mean", dim=3)
+    tokens = torch.arange(18.0).view(2, 3, 3)
+    expected = tokens.cumsum(1) / torch.arange(1, 4)[None, :, None]
+    torch.testing.assert_close(mix(tokens), expected)
+    first, state = mix.chunk(tokens[:, :2])
+    torch.testing.assert_close(torch.cat([first, mix.chunk(tokens[:, 2:], state)[0]], dim=1), expected)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    torch.testing.assert_close(mix(tokens, mask)[0, 2], (tokens[0, 0] + tokens[0, 2]) / 2)

@@ -11,6 +11,7 @@ from mkdocs.structure.files import File, Files
 
 from cenote import cli
 from cenote.catalog import FAMILIES, SYSTEMS, System
+from cenote.mixing.registry import list_mixers, mixer_class
 from cenote.pooling.registry import list_layer_reductions, list_poolings, pooling_class
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,12 +41,15 @@ REFERENCE = {
                    "inspection.open_set_logits", "inspection.open_set_neighbours", "inspection.open_set_vim",
                    "inspection.open_set_ghost", "inspection.open_set_postmax", "inspection.open_set_pareto",
                    "inspection.open_set_head"),
+    "mixing": ("mixing.base", "mixing.registry", "mixing.metaformer", "integrations.replace_mixer"),
+    "worlds": ("worlds.base", "worlds.recall", "worlds.copying", "worlds.listops", "worlds.characters",
+               "worlds.models", "worlds.training"),
     "integrations": ("integrations.sentence_transformers", "integrations.nv_embed_model", "integrations.nv_embed_text",
                      "integrations.nv_embed", "integrations.pyg", "integrations.sklearn", "integrations.timm",
                      "integrations.hub", "integrations.ray"),
     "operations": ("ops.masked", "ops.statistics", "ops.query_attention", "ops.power", "ops.pyramid",
                    "ops.verification", "ops.retrieval", "ops.open_set"),
-    "reproductions": ("reproductions.base", "reproductions.run"),
+    "reproductions": ("reproductions.base", "reproductions.run", "reproductions.all"),
 }  # fmt: skip
 """Modules of the reference, page by page."""
 
@@ -116,6 +120,8 @@ def family_page(family: str) -> str:
         shown.add(system.entry_point)
     if family == "pooling":
         lines += _poolings(shown)
+    if family == "mixing":
+        lines += _mixers(shown)
     if planned:
         lines += ["## Planned", "", "| system | paper | purpose |", "| --- | --- | --- |"]
         lines += [f"| {s.slug} | [{s.title}]({s.url}), {s.year} | {s.purpose} |" for s in planned]
@@ -143,6 +149,18 @@ def _poolings(shown: set[str]) -> list[str]:
         if f"{cls.__module__}:{cls.__name__}" not in shown:
             lines += [f"::: {cls.__module__}.{cls.__name__}", ""]
     return [*lines, "::: cenote.pooling.layers", ""]
+
+
+def _mixers(shown: set[str]) -> list[str]:
+    """The interface, the skeleton, and the mixers that are no system of their own."""
+    lines = ["## Mixers by name", "", f"For `create_mixer` and patterns: `{'`, `'.join(list_mixers())}`.", ""]
+    for name in list_mixers():
+        cls = mixer_class(name)
+        entry = f"{cls.__module__}:{cls.__name__}"
+        if entry not in shown:
+            lines += [f"::: {entry.replace(':', '.')}", ""]
+            shown.add(entry)
+    return lines
 
 
 def reference_page(room: str, modules: tuple[str, ...]) -> str:

@@ -14,6 +14,7 @@ _ROOMS = (
     "data",
     "inspection",
     "integrations",
+    "mixing",
     "ops",
     "pooling",
     "probe",
@@ -21,6 +22,7 @@ _ROOMS = (
     "reproductions",
     "tuning",
     "types",
+    "worlds",
 )
 
 __all__ = ["__version__", *_ROOMS]

@@ -1,1 +1,24 @@
 """Small generated worlds, and the networks trained on them in minutes, in which a claim can be watched."""
+
+import importlib
+from typing import Any
+
+_PLACES = {
+    "AssociativeRecall": "recall",
+    "CharacterText": "characters",
+    "FixedOffsetCopy": "copying",
+    "ListOps": "listops",
+    "SequenceModel": "models",
+    "Sequences": "base",
+    "World": "base",
+    "fit_sequences": "training",
+    "sequence_accuracy": "training",
+}
+
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"cenote.worlds.{_PLACES[name]}"), name)
+    raise AttributeError(f"module 'cenote.worlds' has no attribute {name!r}")
