@@ -130,6 +130,7 @@ SYSTEMS: tuple[System, ...] = (
         "2510.11602",
         "mixing",
         "Attention with one principle removed at a time, alone or alternating with the standard form.",
+        entry_point="cenote.integrations.deconstructed_qwen2:DeconstructedQwen2ForCausalLM",
         hosts=("Qwen2-type decoders",),
     ),
     System(
@@ -196,7 +197,8 @@ SYSTEMS: tuple[System, ...] = (
         "2103.12731",
         "mixing",
         "Local self-attention in blocks that share one neighbourhood, fast enough to replace convolutions.",
-        hosts=("feature maps", "ResNet-type backbones"),
+        "cenote.mixing.halo_attention:HaloAttention",
+        ("feature maps", "ResNet-type backbones", "timm's halo networks"),
     ),
     System(
         "hiprune",
@@ -282,7 +284,8 @@ SYSTEMS: tuple[System, ...] = (
         "2110.02442",
         "mixing",
         "Mixes tokens in linear time by a global, a segment and a local pooling.",
-        hosts=("BERT-type encoders",),
+        "cenote.mixing.ponet:PoNet",
+        ("BERT-type encoders of transformers", "MetaFormer skeletons"),
     ),
     System(
         "poolformer",
@@ -291,7 +294,8 @@ SYSTEMS: tuple[System, ...] = (
         "2111.11418",
         "mixing",
         "A vision backbone whose token mixer is plain average pooling, and the skeleton that takes any mixer.",
-        hosts=("images", "MetaFormer skeletons"),
+        "cenote.mixing.poolformer:StagedMetaFormer",
+        ("images", "MetaFormer skeletons"),
     ),
     System(
         "random-feature-attention-layer",
@@ -356,6 +360,7 @@ SYSTEMS: tuple[System, ...] = (
         "2303.11126",
         "mixing",
         "Averages each token with its surroundings before attention and keeps attention rows diverse.",
+        "cenote.mixing.tap:TAP",
         hosts=("FAN", "RVT", "any attention over a token grid"),
     ),
     System(

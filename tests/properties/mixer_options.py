@@ -9,12 +9,23 @@ from cenote.types import Grid
 DIM, GRID = 48, (4, 4)
 
 # Constructor options by name, where the defaults do not fit DIM and GRID.
-OPTIONS: dict[str, dict] = {}
+OPTIONS: dict[str, dict] = {
+    "halo_attention": {"num_heads": 4, "block_size": 2, "halo_size": 1},
+    "random_matrix": {"grid": GRID},
+    "spatial_fc": {"grid": GRID},
+}
 
 # Settings beside the defaults that take another path through a mixer.
 VARIANTS = [
+    "pool(pool_size=5)",
     "softmax_attention(causal=True, rope_theta=10000.0, num_heads=6)",
     "softmax_attention(causal=True, qkv_bias=True)",
+    "taylor_attention(causal=True, form='diagonal', rope_theta=10000.0, num_heads=6)",
+    "taylor_attention(causal=True)",
+    "key_softmax(bidirectional=True, qkv_bias=True)",
+    "key_softmax(qk_norm=True, num_heads=6)",
+    "static_attention(causal=True, static_norm=True, rope_theta=10000.0, num_heads=6)",
+    "fixed_attention(causal=True, rope_theta=10000.0, num_heads=6)",
 ]
 
 SPECS = [*list_mixers(), *VARIANTS]

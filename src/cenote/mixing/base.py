@@ -149,7 +149,7 @@ class MapMixer(Mixer):
     """
 
     needs = frozenset({"grid"})
-    projections = "none"
+    projections: ClassVar[Literal["own", "none"]] = "none"
 
     def _mix(
         self, tokens: Tensor, mask: Tensor | None, context: MixerContext, return_weights: bool

@@ -98,9 +98,10 @@ class MetaFormerBlock(nn.Module):
         return x if self.mlp is None else self._add(x, self.mlp(self.norm2(x)), self.layer_scale_2)
 
     def _add(self, x: Tensor, change: Tensor, scale: Tensor | None) -> Tensor:
-        if scale is not None:
-            change = change * (scale[:, None, None] if self.layout == "map" else scale)
         change = drop_path(change, self.drop_rate, self.training)
+        if scale is not None:
+            scale = scale[:, None, None] if self.layout == "map" else scale
+            return torch.addcmul(x, change, scale) if self.residual else change * scale
         return x + change if self.residual else change
 
 
@@ -159,10 +160,10 @@ class MetaFormer(nn.Module):
     ) -> Float[Tensor, "batch tokens dim"]:
         """The tokens behind the last block and the final norm."""
         context = self._begin(tokens, context)
-        stream = context.stream
+        beside = self._beside(context)
         for block in self.blocks:
-            tokens = block(tokens, mask, context.replace(stream=stream))
-            stream = None if stream is None else block(stream, None, MixerContext())
+            tokens = block(tokens, mask, context.replace(stream=None if beside is None else beside.stream))
+            beside = self._advance(block, beside)
         return self.norm(tokens)
 
     def chunk(
@@ -175,9 +176,12 @@ class MetaFormer(nn.Module):
         """A stretch of tokens and the states before it, one a block; gives the states after it."""
         context = self._begin(tokens, context)
         after: list[State] = []
+        beside = self._beside(context)
         for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
             assert isinstance(block, MetaFormerBlock)
-            tokens, state = block.chunk(tokens, state, mask, context)
+            here = context.replace(stream=None if beside is None else beside.stream)
+            tokens, state = block.chunk(tokens, state, mask, here)
+            beside = self._advance(block, beside)
             after.append(state)
         return self.norm(tokens), tuple(after)
 
@@ -187,6 +191,19 @@ class MetaFormer(nn.Module):
         """One more token."""
         mixed, after = self.chunk(token[:, None], states)
         return mixed[:, 0], after
+
+    @staticmethod
+    def _beside(context: MixerContext) -> MixerContext | None:
+        """What the stream itself is given on its way: it lends to itself, and its start are its embeddings."""
+        stream = context.stream
+        return None if stream is None else MixerContext(embeddings=stream, stream=stream)
+
+    @staticmethod
+    def _advance(block: nn.Module, beside: MixerContext | None) -> MixerContext | None:
+        """The stream behind one more block."""
+        if beside is None:
+            return None
+        return beside.replace(stream=block(beside.stream, None, beside))
 
     @staticmethod
     def _begin(tokens: Tensor, context: MixerContext | None) -> MixerContext:

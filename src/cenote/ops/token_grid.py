@@ -80,6 +80,13 @@ def to_map(
     return x.transpose(1, 2).unflatten(2, (cells.height, cells.width))
 
 
+def flatten_map(kind: str, x: Float[Tensor, "batch dim height width"], grid: tuple[int, int]) -> Tensor:
+    """``(batch, dim, cells)``; ``ValueError`` where the map is not of the ``grid`` that the module was built for."""
+    if tuple(x.shape[2:]) != tuple(grid):
+        raise ValueError(f"{kind} was built for maps of {tuple(grid)}, got {tuple(x.shape[2:])}")
+    return x.flatten(2)
+
+
 def from_map(x: Float[Tensor, "batch dim height width"], cells: Cells) -> Float[Tensor, "batch tokens dim"]:
     """The cell of each token back as a token; 0 for tokens that have none."""
     flat = x.flatten(2).transpose(1, 2)

@@ -1,0 +1,176 @@
+"""What a head's weights do: the key-query and output-value matrices of attention modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HeadCircuits:
+    """The four matrices of each head, from which its two circuits are formed.
+
+    ``score(k, q) = scale * k^T KQ_h q`` with ``KQ_h = K_h^T Q_h``, and a token t that head h attends to adds
+    ``OV_h t = O_h V_h t`` to the output. Leading axes (runs) are free. Biases, rotary positions, norms of queries and
+    keys, and the norm before the layer are not part of the matrices.
+
+    Attributes:
+        query, key: ``(*runs, heads, head_dim, dim)``.
+        value: ``(*runs, heads, value_dim, dim)``.
+        output: ``(*runs, heads, out_dim, value_dim)``.
+        scale: what the host multiplies scores by.
+    """
+
+    query: Float[Tensor, "*runs heads head_dim dim"]
+    key: Float[Tensor, "*runs heads head_dim key_dim"]
+    value: Float[Tensor, "*runs heads value_dim key_dim"]
+    output: Float[Tensor, "*runs heads out_dim value_dim"]
+    scale: float = 1.0
+
+    @property
+    def kq(self) -> Float[Tensor, "*runs heads key_dim dim"]:
+        """``K_h^T Q_h``, rows for the key's token, columns for the query's; the scale is left out."""
+        return self.key.mT @ self.query
+
+    @property
+    def ov(self) -> Float[Tensor, "*runs heads out_dim key_dim"]:
+        """``O_h V_h``, rows for what is written, columns for what is read."""
+        return self.output @ self.value
+
+
+def split_heads(
+    query: Float[Tensor, "query_width dim"],
+    key: Float[Tensor, "key_width key_dim"],
+    value: Float[Tensor, "value_width key_dim"],
+    output: Float[Tensor, "out_dim output_width"],
+    num_heads: int,
+    num_key_value_heads: int | None = None,
+    scale: float | None = None,
+) -> HeadCircuits:
+    """Circuits of merged projections, weights as ``nn.Linear`` keeps them, ``(out, in)``.
+
+    Args:
+        query: ``(num_heads * head_dim, dim)``.
+        key, value: ``(num_key_value_heads * head_dim, dim)``; several queries share one where there are fewer of them.
+        output: ``(out_dim, num_heads * value_dim)``.
+        num_heads: heads H.
+        num_key_value_heads: H by default.
+        scale: of the scores; ``head_dim ** -0.5`` by default.
+
+    Raises:
+        ValueError: a width that does not split by the number of heads, or splits that disagree.
+    """
+    shared = num_heads if num_key_value_heads is None else num_key_value_heads
+    if num_heads < 1 or shared < 1 or num_heads % shared:
+        raise ValueError(f"key-value heads must divide the heads, got {num_heads} and {num_key_value_heads}")
+    for name, width, heads in (
+        ("query", len(query), num_heads),
+        ("key", len(key), shared),
+        ("value", len(value), shared),
+        ("output", output.shape[1], num_heads),
+    ):
+        if width % heads:
+            raise ValueError(f"the {name} projection's width {width} does not split into {heads} heads")
+    head_dim, value_dim = len(query) // num_heads, len(value) // shared
+    if len(key) // shared != head_dim or output.shape[1] // num_heads != value_dim:
+        raise ValueError(
+            f"heads of queries ({head_dim}) and keys ({len(key) // shared}), or of values ({value_dim}) and outputs "
+            f"({output.shape[1] // num_heads}), differ in width"
+        )
+    copies = num_heads // shared
+    return HeadCircuits(
+        query.unflatten(0, (num_heads, -1)),
+        key.unflatten(0, (shared, -1)).repeat_interleave(copies, dim=0),
+        value.unflatten(0, (shared, -1)).repeat_interleave(copies, dim=0),
+        output.unflatten(1, (num_heads, -1)).transpose(0, 1),
+        head_dim**-0.5 if scale is None else scale,
+    )
+
+
+SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
+FUSED = ("qkv", "c_attn", "qkv_proj", "query_key_value", "Wqkv")
+OUTPUT = ("o_proj", "out_proj", "proj", "c_proj", "out_lin", "dense", "o", "Wo")
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
+
+
+@torch.no_grad()
+def attention_circuits(
+    attention: nn.Module,
+    num_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+    scale: float | None = None,
+) -> HeadCircuits:
+    """Circuits of an attention module of transformers, timm, torch or this library.
+
+    Read are separate projections (Llama-, Qwen-, ViT-, CLIP-, BERT-type modules), fused ones with all queries in front
+    (timm, GPT-2, this library, ``nn.MultiheadAttention``), under the names in common use. Where the module (or its
+    ``config``) does not say how many heads there are, the caller must. Fused rows that interleave heads (GPT-NeoX)
+    are not recognised as such: split those by hand and call :func:`split_heads`.
+
+    Raises:
+        ValueError: no such projections, an unknown number of heads, or widths that the heads do not divide.
+    """
+    inner = getattr(attention, "self", None) or getattr(attention, "attention", None)
+    inner = inner if isinstance(inner, nn.Module) else attention
+    heads = num_heads or _setting(inner, HEADS) or _setting(attention, HEADS)
+    if not heads:
+        raise ValueError(f"{type(attention).__name__} does not say how many heads it has: give num_heads")
+    output = _output(attention, inner)
+    query, key, value = _projections(inner, heads, num_key_value_heads, output.shape[1])
+    if num_key_value_heads is None:
+        # The width of the keys says how many heads they have once that of a query's head is known.
+        num_key_value_heads = max(1, len(key) * heads // len(query))
+    if scale is None:
+        own = getattr(inner, "scaling", getattr(inner, "scale", None))
+        scale = float(own) if isinstance(own, float | int) else None
+    return split_heads(query, key, value, output, heads, num_key_value_heads, scale)
+
+
+def _projections(inner: nn.Module, heads: int, shared: int | None, output_width: int) -> tuple[Tensor, ...]:
+    for names in SEPARATE:
+        if all(isinstance(getattr(inner, name, None), nn.Module) for name in names):
+            query, key, value = (_weight(getattr(inner, name)) for name in names)
+            return query, key, value
+    fused = next((_weight(getattr(inner, n)) for n in FUSED if isinstance(getattr(inner, n, None), nn.Module)), None)
+    stored = getattr(inner, "in_proj_weight", None)  # nn.MultiheadAttention
+    if fused is None and isinstance(stored, Tensor):
+        fused = stored.detach()
+    if fused is None:
+        raise ValueError(f"{type(inner).__name__} has no query, key and value projections under a known name")
+    if len(fused) == 3 * output_width:
+        return fused.chunk(3)
+    rest = len(fused) - output_width
+    if rest <= 0 or rest % 2 or (shared is not None and rest // 2 * heads != output_width * shared):
+        raise ValueError(f"a fused projection of width {len(fused)} does not split into queries, keys and values")
+    return tuple(fused.split([output_width, rest // 2, rest // 2]))
+
+
+def _output(attention: nn.Module, inner: nn.Module) -> Tensor:
+    places = [inner, attention, getattr(attention, "output", None)]
+    for place in places:
+        for name in OUTPUT:
+            found = getattr(place, name, None)
+            if isinstance(found, nn.Sequential | nn.ModuleList) and len(found):
+                found = found[0]
+            if isinstance(found, nn.Module) and isinstance(getattr(found, "weight", None), Tensor):
+                return _weight(found)
+    raise ValueError(f"{type(attention).__name__} has no output projection under a known name")
+
+
+def _weight(linear: Any) -> Tensor:
+    weight = linear.weight.detach()
+    # GPT-2's Conv1D keeps (in, out).
+    return weight.T if type(linear).__name__ == "Conv1D" else weight
+
+
+def _setting(module: Any, names: tuple[str, ...]) -> int | None:
+    for place in (module, getattr(module, "config", None)):
+        for name in names:
+            value = getattr(place, name, None)
+            if isinstance(value, int):
+                return value
+    return None

@@ -1,0 +1,197 @@
+"""Attention of every layer of a running network, for losses and statistics: as maps, or as queries and keys."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cenote.ops.attention_diversity import QueryKey, attention_diversification_loss, attention_similarity
+
+Keep = Literal["query_key", "maps"]
+_NAME = "cenote_attention_capture"
+_LISTENERS: dict[int, Callable[..., Any]] = {}
+"""What attention calls through transformers' interface go to, by ``id`` of the attention's configuration."""
+_MASKS: dict[int, Callable[..., Any]] = {}
+
+
+class AttentionCapture:
+    """Within the ``with`` block, keeps what the last forward pass attended to, one entry a layer.
+
+    ``with AttentionCapture(model) as seen: loss = task(model(images)) + seen.loss()``. Nothing is detached, so losses
+    reach the weights. Leaving the block restores the model bit for bit, also after an exception. It serves
+
+    - transformers models that call the attention interface: queries and keys behind rotary positions and norms, with
+      the host's mask, whatever implementation runs;
+    - timm's attention: queries and keys behind their norms, or the maps behind attention dropout;
+    - modules with one ``qkv`` map and ``num_heads`` (or ``heads``), as in this library, seen without mask and rotary
+      positions: queries and keys only.
+
+    Args:
+        model: the network.
+        keep: ``"query_key"`` leaves fused attention as it is and remembers what maps are made of
+            (:class:`~cenote.ops.attention_diversity.QueryKey`), without dropout; ``"maps"`` makes the host go its
+            slower, explicit way and keeps the maps ``(batch, heads, tokens, tokens)`` it used.
+
+    Attributes:
+        layers: what was kept, in the order of the layers. Each forward pass of the whole model begins anew.
+
+    Raises:
+        ValueError: no attention that it knows, or maps asked of one that never makes them.
+    """
+
+    def __init__(self, model: nn.Module, keep: Keep = "query_key") -> None:
+        if keep not in ("query_key", "maps"):
+            raise ValueError(f"keep must be 'query_key' or 'maps', got {keep!r}")
+        self.model, self.keep = model, keep
+        self.layers: list[Tensor | QueryKey] = []
+        self._undo = ExitStack()
+
+    def __enter__(self) -> AttentionCapture:
+        with ExitStack() as undo:
+            undo.enter_context(_removed(self.model.register_forward_pre_hook(lambda *_: self.layers.clear())))
+            listen = _transformers if hasattr(self.model, "get_input_embeddings") else _by_module
+            listen(self, undo)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._undo.close()
+
+    def loss(self, threshold: float = 2.0) -> Float[Tensor, ""]:
+        """:func:`~cenote.ops.attention_diversity.attention_diversification_loss` of the last forward pass.
+
+        Raises:
+            ValueError: there was none; see also there.
+        """
+        return attention_diversification_loss(self._seen(), threshold, check_rows=not self.model.training)
+
+    def similarity(self) -> Float[Tensor, ""]:
+        """:func:`~cenote.ops.attention_diversity.attention_similarity` of the last forward pass, unthresholded."""
+        return attention_similarity(self._seen(), check_rows=not self.model.training)
+
+    def _seen(self) -> list[Tensor | QueryKey]:
+        if not self.layers:
+            raise ValueError("no attention was seen: run the model inside the with block first")
+        return self.layers
+
+
+class _removed:
+    """A hook handle as a context."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: Any) -> None:
+        self.handle.remove()
+
+
+def _by_module(capture: AttentionCapture, undo: ExitStack) -> None:
+    """Hooks on timm's attention modules, or on ``qkv`` maps."""
+    found = 0
+    for module in capture.model.modules():
+        if hasattr(module, "fused_attn") and isinstance(getattr(module, "attn_drop", None), nn.Module):
+            found += 1
+            _timm(capture, module, undo)
+        elif isinstance(getattr(module, "qkv", None), nn.Linear) and (
+            hasattr(module, "num_heads") or hasattr(module, "heads")
+        ):
+            found += 1
+            _projection(capture, module, undo)
+    if not found:
+        raise ValueError(
+            f"no attention that is known in {type(capture.model).__name__}: transformers, timm, or a qkv map with heads"
+        )
+
+
+def _timm(capture: AttentionCapture, module: Any, undo: ExitStack) -> None:
+    if capture.keep == "maps":
+        undo.callback(setattr, module, "fused_attn", module.fused_attn)
+        module.fused_attn = False
+        hook = module.attn_drop.register_forward_hook(lambda _, args, output: capture.layers.append(output))
+        undo.enter_context(_removed(hook))
+        return
+    if not isinstance(getattr(module, "q_norm", None), nn.Module):
+        raise ValueError(f"{type(module).__name__} shows no queries and keys: ask for keep='maps'")
+    query: list[Tensor] = []
+
+    def on_key(_: nn.Module, args: Any, key: Tensor) -> None:
+        capture.layers.append(QueryKey(query.pop(), key, module.scale))
+
+    undo.enter_context(_removed(module.q_norm.register_forward_hook(lambda _, args, output: query.append(output))))
+    undo.enter_context(_removed(module.k_norm.register_forward_hook(on_key)))
+
+
+def _projection(capture: AttentionCapture, module: Any, undo: ExitStack) -> None:
+    kind = type(module).__name__
+    if capture.keep == "maps":
+        raise ValueError(f"{kind} keeps no maps: ask for keep='query_key'")
+    if getattr(module, "rope_theta", None) is not None or getattr(module, "att_mask", None) is not None:
+        raise ValueError(f"the maps of {kind} depend on positions, which its qkv map does not show: take its own maps")
+    heads = getattr(module, "num_heads", None) or module.heads
+
+    def on_output(_: nn.Module, args: Any, output: Tensor) -> None:
+        query, key, _value = output.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        capture.layers.append(QueryKey(query, key))
+
+    undo.enter_context(_removed(module.qkv.register_forward_hook(on_output)))
+
+
+def _transformers(capture: AttentionCapture, undo: ExitStack) -> None:
+    """An implementation of our own in transformers' attention and mask interfaces that listens and passes on."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if not getattr(capture.model, "_supports_attention_backend", False):
+        raise ValueError(f"{type(capture.model).__name__} does not call transformers' attention interface")
+    AttentionInterface.register(_NAME, _dispatch)
+    AttentionMaskInterface.register(_NAME, _dispatch_mask)
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in capture.model.modules() if hasattr(module, "config")
+    }
+    for number, config in configs.items():
+        if number in _LISTENERS:
+            raise ValueError("this model's attention is being captured already")
+        before = config._attn_implementation
+        inner = "eager" if capture.keep == "maps" else before or "eager"
+        undo.callback(setattr, config, "_attn_implementation_internal", before)
+        undo.callback(_LISTENERS.pop, number, None)
+        undo.callback(_MASKS.pop, number, None)
+        config._attn_implementation_internal = _NAME
+        _MASKS[number] = ALL_MASK_ATTENTION_FUNCTIONS[inner]
+
+        def listen(
+            module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, inner: str = inner, **kw: Any
+        ) -> Any:
+            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            if eager is None and inner == "eager":
+                raise ValueError(f"{type(module).__name__} has no eager attention")
+            run: Any = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)  # type: ignore[arg-type]
+            output, weights = run(module, query, key, value, mask, **kw)
+            if capture.keep == "maps":
+                capture.layers.append(weights)
+            else:
+                groups = query.shape[1] // key.shape[1]
+                bias = mask
+                if mask is not None and mask.dtype == torch.bool:
+                    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+                capture.layers.append(QueryKey(query, key.repeat_interleave(groups, 1), kw.get("scaling"), bias))
+            return output, weights
+
+        _LISTENERS[number] = listen
+
+
+def _dispatch(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return _LISTENERS[id(module.config)](module, *args, **kwargs)
+
+
+def _dispatch_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    return _MASKS[id(config)](*args, config=config, **kwargs)

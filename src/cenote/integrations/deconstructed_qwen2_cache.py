@@ -1,0 +1,125 @@
+"""What the layers of a deconstructed language model keep of the past, in transformers' cache interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from cenote.integrations.deconstructed_qwen2_config import FIXED
+
+
+class ValueLayer(DynamicLayer):
+    """Values of the past without keys, for layers whose map does not depend on the tokens."""
+
+    def extend(self, values: Tensor) -> Tensor:
+        """Add the values of new tokens ``(batch, heads, tokens, head_dim)``; gives all so far."""
+        return self.update(values[..., :0], values)[1]
+
+    def get_seq_length(self) -> int:
+        return 0 if self.values is None or not self.values.numel() else self.values.shape[-2]
+
+
+class StateLayer(CacheLayerMixin):
+    """A recurrent state of fixed size (a tuple of tensors with the batch in front, or nothing) and a count of tokens.
+
+    It cannot be cropped: what the sum holds of a token cannot be taken out again.
+    """
+
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.state: tuple[Tensor, ...] | None = None
+        self.tokens = 0
+
+    def advance(self, state: tuple[Tensor, ...], tokens: int) -> None:
+        """Put the state behind so many new tokens in the old one's place."""
+        self.state, self.tokens, self.is_initialized = state, self.tokens + tokens, True
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("a recurrent state has neither keys nor values")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a recurrent state has neither keys nor values")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a recurrent state cannot forget its last tokens")
+
+    def reset(self) -> None:
+        self.state, self.tokens, self.is_initialized = None, 0, False
+
+    def offload(self) -> None: ...
+
+    def prefetch(self) -> None: ...
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda x: x[indices])
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            # A named tuple stays one.
+            make = getattr(type(self.state), "_make", type(self.state))
+            self.state = make(change(x) for x in self.state)
+
+
+class DeconstructedCache(Cache):
+    """One cache layer for each layer of the model: keys and values (standard, static), values (fixed maps), a state
+    of fixed size (approximate, non-approximate), or only a count (MLP).
+
+    Args:
+        variants: the variant of each layer.
+    """
+
+    def __init__(self, variants: list[str]) -> None:
+        super().__init__(layers=[self._layer(variant) for variant in variants])
+
+    @staticmethod
+    def _layer(variant: str) -> CacheLayerMixin:
+        if variant in FIXED:
+            return ValueLayer()
+        return DynamicLayer() if variant in ("standard", "static") else StateLayer()
+
+    def extend(self, values: Tensor, layer_idx: int) -> Tensor:
+        """Add the values of new tokens to a layer of fixed maps; gives all so far."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, ValueLayer)
+        return layer.extend(values)
+
+    def state(self, layer_idx: int) -> Any:
+        """The recurrent state of a layer; ``None`` for an empty past."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, StateLayer)
+        return layer.state
+
+    def advance(self, state: tuple[Tensor, ...], tokens: int, layer_idx: int) -> None:
+        """Put a layer's state behind so many new tokens in the old one's place."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, StateLayer)
+        layer.advance(state, tokens)
+
+    def num_bytes(self) -> int:
+        """Bytes of everything kept."""
+        names = ("keys", "values", "state")
+        held = [getattr(layer, name, None) for layer in self.layers for name in names]
+        tensors = [x for one in held for x in (one if isinstance(one, tuple) else (one,)) if isinstance(x, Tensor)]
+        return sum(x.numel() * x.element_size() for x in tensors)

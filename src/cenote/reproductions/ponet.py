@@ -1,0 +1,118 @@
+"""PoNet: poolings of three reaches in place of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cenote.reproductions.base import Finding, Reproduction, Settings, finding
+from cenote.reproductions.ponet_cost import cost_findings
+from cenote.reproductions.ponet_exact import exact_findings
+from cenote.reproductions.ponet_figure import draw_ponet
+from cenote.reproductions.ponet_keyword import MODELS, keyword_accuracy
+from cenote.reproductions.ponet_pretraining import Documents, novels, pre_train, stories
+from cenote.reproductions.ponet_reviews import review_accuracy
+
+CLAIM = (
+    "A global, a segment and a local pooling in place of attention keep most of its accuracy at a cost that grows with "
+    "the length of a text instead of its square."
+)
+BOOKS, REVIEWS = "books", "sst2/sst2.parquet"
+NOISE = 2.0
+"""Points that a model without one pooling may be ahead before it counts."""
+
+Accuracies = dict[str, list[float]]
+
+
+def run(settings: Settings) -> list[Finding]:
+    found: list[Finding] = []
+    steps = 300 if settings.quick else 800
+    accuracies: Accuracies = {name: [] for name in MODELS}
+    for seed in settings.seeds:
+        settings.progress(f"a keyword far from the class token, seed {seed}")
+        for name, mixer in MODELS.items():
+            accuracies[name].append(keyword_accuracy(mixer, seed, steps))
+    found += accuracy_findings(accuracies, "a keyword far from the class token", central=True)
+    folder = None if settings.quick else settings.data_dir
+    if folder is not None and (folder / REVIEWS).is_file():
+        reviews: Accuracies = {name: [] for name in MODELS}
+        for seed in settings.seeds:
+            settings.progress(f"film reviews (SST-2), seed {seed}")
+            for name, mixer in MODELS.items():
+                reviews[name].append(review_accuracy(mixer, folder / REVIEWS, seed))
+        found += accuracy_findings(reviews, "film reviews (SST-2)")
+    settings.progress("pre-training on generated stories")
+    found += pre_training_findings("generated stories", *stories(1500, 0), settings.seeds, 300)
+    if folder is not None and (folder / BOOKS).is_dir():
+        settings.progress("pre-training on novels")
+        found += pre_training_findings("four novels", *novels(folder / BOOKS), settings.seeds, 1200, dim=64)
+    settings.progress("cost and exact properties")
+    return [*found, *cost_findings(), *exact_findings()]
+
+
+def accuracy_findings(accuracies: Accuracies, task: str, central: bool = False) -> list[Finding]:
+    """PoNet against attention, a model that sees one token at a time, and itself with one pooling fewer."""
+
+    def lead(one: str, other: str) -> list[float]:
+        return [a - b for a, b in zip(accuracies[one], accuracies[other], strict=True)]
+
+    means = ", ".join(f"{name} {sum(values) / len(values):.1f}" for name, values in accuracies.items())
+    without = [name for name in accuracies if " without the " in name]
+    return [
+        finding(
+            f"On {task} two layers of PoNet reach what two of softmax attention do.",
+            "at most 3 points below",
+            lead("PoNet", "softmax attention"),
+            lambda v: v >= -3,
+            paper="95.7 % of BERT's average on GLUE" if central else "",
+            unit="points of accuracy",
+            note=f"Mean accuracy in per cent, read at the class token: {means}. Equal training; attention may need more "
+            "steps than these.",
+        ),
+        finding(
+            f"On {task} PoNet is ahead of the same network without mixing.",
+            "above 0 points",
+            lead("PoNet", "feed-forward only"),
+            lambda v: v > 0,
+            unit="points of accuracy",
+        ),
+        *(
+            finding(
+                f"On {task} {name} is no better than PoNet.",
+                f"at most {NOISE:g} points ahead",
+                lead(name, "PoNet"),
+                lambda v: v <= NOISE,
+                unit="points of accuracy",
+            )
+            for name in without
+        ),
+    ]
+
+
+def pre_training_findings(
+    corpus: str, documents: Documents, vocabulary: int, seeds: Sequence[int], steps: int, dim: int = 32
+) -> list[Finding]:
+    """Masked words against their frequencies, and sentence structure against guessing."""
+    length = 48 if dim == 32 else 96
+    runs = [pre_train(documents, vocabulary, seed, steps, dim=dim, max_length=length) for seed in seeds]
+    return [
+        finding(
+            f"Pre-trained on {corpus}, PoNet guesses masked words better than their frequencies do.",
+            "loss below that of the frequencies",
+            [run.words - run.unigram for run in runs],
+            lambda v: v < 0,
+            unit="nats against word frequencies",
+            note=f"Held-out documents, {steps} steps. Loss: {', '.join(f'{run.words:.2f}' for run in runs)}; "
+            f"frequencies: {', '.join(f'{run.unigram:.2f}' for run in runs)}.",
+        ),
+        finding(
+            f"Pre-trained on {corpus}, PoNet tells what became of a text's second half.",
+            "above 33.3 % (guessing)",
+            [run.structure for run in runs],
+            lambda v: v > 100 / 3,
+            unit="% of held-out pairs",
+        ),
+    ]
+
+
+REPRODUCTION = Reproduction("ponet", CLAIM, run, draw_ponet, needs=(BOOKS, REVIEWS))
