@@ -73,6 +73,7 @@ SYSTEMS: tuple[System, ...] = (
         "2312.03002",
         "worlds",
         "A few-shot stream in which a two-layer attention network suddenly learns to copy labels from its context.",
+        "cenote.worlds.context_classification:ContextClassification",
         hosts=("small attention-only networks",),
     ),
     System(
@@ -236,6 +237,7 @@ SYSTEMS: tuple[System, ...] = (
         "2503.12734",
         "worlds",
         "In-context regression whose trained heads collapse to two numbers with a known optimum.",
+        "cenote.worlds.linear_regression:LinearRegression",
         hosts=("one-layer softmax attention",),
     ),
     System(
@@ -370,6 +372,7 @@ SYSTEMS: tuple[System, ...] = (
         "2501.12352",
         "mixing",
         "Sequence layers as regressors fitted to the past: linear attention, delta rules, softmax and more.",
+        "cenote.mixing.test_time_regression:TestTimeRegression",
         hosts=("causal sequence models",),
     ),
     System(

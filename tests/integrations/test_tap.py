@@ -18,6 +18,7 @@ from transformers import (
 from cenote.backbones.tiny_vit import TinyViT, TinyViTConfig
 from cenote.integrations.attention_capture import AttentionCapture
 from cenote.integrations.tap import InsertedPooling
+from cenote.mixing.softmax_attention import SoftmaxAttention
 from cenote.mixing.tap import TokenAwarePooling
 from cenote.ops.attention_diversity import QueryKey, attention_diversification_loss, head_mean_map
 
@@ -193,6 +194,29 @@ def test_masks_and_shared_keys_of_a_decoder_are_seen():
         model(ids, attention_mask=mask)
         torch.testing.assert_close(seen.layers[0].mean(dim=1)[1, 3:], mean[1, 3:])
         torch.testing.assert_close(seen.layers[0].mean(dim=1)[0], mean[0])
+
+
+def test_positions_that_queries_and_keys_do_not_show_are_refused():
+    rotary = timm.models.Eva(
+        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5,
+        use_rot_pos_emb=True, use_abs_pos_emb=False,
+    ).eval()  # fmt: skip
+    with pytest.raises(ValueError, match="EvaAttention shows no queries and keys"), AttentionCapture(rotary):
+        pass
+    with AttentionCapture(rotary, "maps") as seen:
+        rotary(torch.randn(1, 3, 32, 32))
+    assert [layer.shape for layer in seen.layers] == [(1, 3, 17, 17)] * 2
+    for options in ({"rope_theta": 100.0}, {"causal": True}):
+        with (
+            pytest.raises(ValueError, match="depend on positions"),
+            AttentionCapture(SoftmaxAttention(8, 2, **options)),
+        ):
+            pass
+    model = SoftmaxAttention(8, 2)
+    x = torch.randn(2, 5, 8)
+    with AttentionCapture(model) as seen:
+        model(x)
+    torch.testing.assert_close(head_mean_map(seen.layers[0]), model(x, return_weights=True)[1].mean(dim=1))
 
 
 def test_all_is_put_back_after_an_error():

@@ -189,7 +189,7 @@ def test_a_padded_map_is_a_masked_one(stride):
     layer = HaloAttention(8, **settings, auto_pad=True, mask_padding=True).double()
     x = torch.randn(2, 8, 7, 10, dtype=torch.float64)
     keep = F.pad(torch.ones(2, 7, 10, dtype=torch.bool), (0, 2, 0, 1))
-    garbage = F.pad(x, (0, 2, 0, 1), value=7.0)
+    garbage = F.pad(x, (0, 2, 0, 1), value=float("nan"))
     whole = layer.mix_map(garbage, keep=keep)
     rows, columns = -(-7 // stride), -(-10 // stride)
     mixed = layer(x)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cenote.integrations import fla
 from cenote.mixing import create_mixer
 from cenote.mixing.regressor import RULES, create_regressor, grid, rule_name
 from cenote.mixing.test_time_regression import TestTimeRegression
@@ -269,3 +270,43 @@ def test_the_layer_is_its_parts():
     out, _ = recurrences.delta(q, k, heads("v"), 2 * mixer.b_proj(x).sigmoid().mT, g, scale=8**-0.5)
     out = F.rms_norm(out, (8,), mixer.o_norm.weight, 1e-5).transpose(1, 2).flatten(2)
     torch.testing.assert_close(mixer(x), mixer.o_proj(out * F.silu(mixer.g_proj(x))))
+
+
+def test_kernels_of_flash_linear_attention_are_handed_the_same_problem(monkeypatch):
+    """A stand-in for the library, which computes by the loops with tokens before heads as its kernels do."""
+    used = []
+
+    def stand_in(kernel):
+        def function(q, k, v, scale, initial_state, output_final_state, g=None, beta=None, **settings):
+            used.append((kernel, settings))
+            turned = [None if x is None else x.transpose(1, 2).float() for x in (q, k, v, beta, g)]
+            q, k, v, beta, g = turned
+            if beta is None:
+                out, state = recurrences.linear(q, k, v, g, initial_state, scale)
+            else:
+                out, state = recurrences.delta(q, k, v, beta, g, initial_state, scale)
+            return out.transpose(1, 2), state
+
+        return function
+
+    monkeypatch.setattr(fla, "usable", lambda dtype, device: dtype == torch.bfloat16)
+    monkeypatch.setattr(fla, "find", stand_in)
+    for rule, expected in {
+        "linear_attention": ("linear_attn", {"normalize": False}),
+        "scalar_decay": ("simple_gla", {}),
+        "vector_decay": ("gla", {}),
+        "delta_rule": ("delta_rule", {}),
+        "longhorn": ("delta_rule", {}),
+        "gated_delta": ("gated_delta_rule", {}),
+        "gated_delta_product": ("gated_delta_product", {"num_householder": 3}),
+    }.items():
+        fit = regressor(rule)
+        q, k, v, gates = numbers(fit, 7, dtype=torch.float32)
+        low = [x.bfloat16() for x in (q, k, v)]
+        state = fit.chunk(q, k, v, gates)[1]
+        out, after = fit.chunk(*low, gates, state)
+        assert used.pop() == expected
+        wide, final = fit.chunk(*(x.float() for x in low), gates, state)
+        assert not used
+        torch.testing.assert_close(out, wide)
+        torch.testing.assert_close(after, final)

@@ -198,7 +198,9 @@ def test_backbone_of_transformers(tmp_path, images):
     for each, raw, norm in zip(maps, model.forward_stages(images)[1::2], norms, strict=True):
         torch.testing.assert_close(each, norm(raw))
     backbone.save_pretrained(tmp_path / "backbone")
-    again = transformers.AutoBackbone.from_pretrained(str(tmp_path / "backbone")).eval()
+    again = StagedMetaFormerBackbone.from_pretrained(tmp_path / "backbone").eval()
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "backbone")
+    assert transformers.AutoBackbone.from_config(config).channels == [16, 32]
     for each, other in zip(again(images).feature_maps, maps, strict=True):
         torch.testing.assert_close(each, other)
 

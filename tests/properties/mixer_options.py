@@ -17,6 +17,10 @@ OPTIONS: dict[str, dict] = {
 
 # Settings beside the defaults that take another path through a mixer.
 VARIANTS = [
+    "halo_attention(mask_padding=True, qkv_bias=True)",
+    "halo_attention(block_size=3, auto_pad=True)",
+    "ponet(leak_guard=False, poolings=('segment', 'local'), output_map=True)",
+    "ponet_lra(segment_num=3)",
     "pool(pool_size=5)",
     "softmax_attention(causal=True, rope_theta=10000.0, num_heads=6)",
     "softmax_attention(causal=True, qkv_bias=True)",
@@ -26,6 +30,12 @@ VARIANTS = [
     "key_softmax(qk_norm=True, num_heads=6)",
     "static_attention(causal=True, static_norm=True, rope_theta=10000.0, num_heads=6)",
     "fixed_attention(causal=True, rope_theta=10000.0, num_heads=6)",
+    "tap(num_scales=3, count_include_pad=False, num_heads=6)",
+    "linear_attention(feature_map='elu', normalise=True, num_heads=6)",
+    "gated_delta_product(num_updates=3, max_step=2.0, expand_v=2.0)",
+    "gated_delta(num_heads=6, num_kv_heads=3, conv_on='k', conv_size=3, decay='sigmoid', qk_norm='rms')",
+    "delta_rule(conv_on='', output_gate=False, output_norm=False, chunk_size=4)",
+    "mini_batch(batch_tokens=3)",
 ]
 
 SPECS = [*list_mixers(), *VARIANTS]

@@ -1,5 +1,7 @@
 """The attention-only classifier: its plain form, its fast form, its training and its measures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,9 @@ def by_hand(network, sequence):
 def test_logits_token_by_token():
     network = InductionNetwork.for_world(WORLD)
     inputs = WORLD.sample(4, 0).inputs
-    torch.testing.assert_close(network(inputs), torch.stack([by_hand(network, s) for s in inputs]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        network(inputs), torch.stack([by_hand(network, s) for s in inputs]), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_attention_is_causal_and_sums_to_one():
@@ -68,7 +72,9 @@ def test_parameters_and_their_spread():
 def test_the_fast_form_is_the_same_function_with_the_same_gradient(layers):
     networks = [InductionNetwork.for_world(WORLD, layers).double() for _ in range(3)]
     batches = [WORLD.sample(6, seed) for seed in range(3)]
-    state = {n: torch.stack([net.state_dict()[n] for net in networks]).requires_grad_() for n in networks[0].state_dict()}
+    state = {
+        n: torch.stack([net.state_dict()[n] for net in networks]).requires_grad_() for n in networks[0].state_dict()
+    }
     inputs = torch.stack([batch.inputs for batch in batches]).double()
     logits = stacked_logits(state, inputs)
     for run, (network, batch) in enumerate(zip(networks, batches, strict=True)):
@@ -87,7 +93,7 @@ def test_training_is_plain_sgd_and_runs_do_not_meet():
     both = train_induction(WORLD, seeds=(3, 9), **options)
     alone = train_induction(WORLD, seeds=(9,), ahead=2, **{**options, "steps": 0})
     # The same run by the plain form, from the same weights and batches.
-    network, world = alone.networks[0], ContextClassification(**{**WORLD.__dict__, "seed": 9})
+    network, world = alone.networks[0], replace(WORLD, seed=9)
     block = next(world.batches(8, 1_000_003 * 10, 16))
     for step in range(5):
         loss = F.cross_entropy(network(block.inputs[step]), block.targets[step])

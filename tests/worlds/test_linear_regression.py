@@ -140,7 +140,9 @@ def test_heads_closed_forms_agree_with_each_other():
     omega = torch.tensor([theory.one_head_scale(5)], dtype=torch.float64)
     effective = torch.e * 1.1 * 5 / 40
     mu = omega / (omega**2 * (1 + effective))
-    assert theory.reduced_risk(mu, omega, 5, 40, 0.1).item() == pytest.approx(theory.one_head_risk(5, 40, 0.1), rel=1e-6)
+    assert theory.reduced_risk(mu, omega, 5, 40, 0.1).item() == pytest.approx(
+        theory.one_head_risk(5, 40, 0.1), rel=1e-6
+    )
     identity = theory.best_matrix(torch.eye(5, dtype=torch.float64), 40, 0.1)
     torch.testing.assert_close(identity, theory.debiased_step(5, 40, 0.1) * torch.eye(5, dtype=torch.float64))
 
@@ -176,7 +178,7 @@ def test_the_best_matrix_is_better_than_its_neighbours():
     ],
 )
 def test_bad_worlds(settings):
-    with pytest.raises(ValueError, match="expected|must|cannot"):
+    with pytest.raises(ValueError, match=r"expected|must|cannot"):
         LinearRegression(**settings)
 
 

@@ -28,7 +28,8 @@ class AttentionCapture:
 
     - transformers models that call the attention interface: queries and keys behind rotary positions and norms, with
       the host's mask, whatever implementation runs;
-    - timm's attention: queries and keys behind their norms, or the maps behind attention dropout;
+    - timm's ``Attention`` (ViT, DeiT): queries and keys behind their norms, without a mask passed to it; and whatever
+      of timm has a fused form (Swin, EVA): the maps behind attention dropout;
     - modules with one ``qkv`` map and ``num_heads`` (or ``heads``), as in this library, seen without mask and rotary
       positions: queries and keys only.
 
@@ -118,7 +119,8 @@ def _timm(capture: AttentionCapture, module: Any, undo: ExitStack) -> None:
         hook = module.attn_drop.register_forward_hook(lambda _, args, output: capture.layers.append(output))
         undo.enter_context(_removed(hook))
         return
-    if not isinstance(getattr(module, "q_norm", None), nn.Module):
+    # Other classes rotate queries and keys behind their norms, or add relative positions to the logits.
+    if type(module).__name__ != "Attention" or not isinstance(getattr(module, "q_norm", None), nn.Module):
         raise ValueError(f"{type(module).__name__} shows no queries and keys: ask for keep='maps'")
     query: list[Tensor] = []
 
@@ -133,7 +135,8 @@ def _projection(capture: AttentionCapture, module: Any, undo: ExitStack) -> None
     kind = type(module).__name__
     if capture.keep == "maps":
         raise ValueError(f"{kind} keeps no maps: ask for keep='query_key'")
-    if getattr(module, "rope_theta", None) is not None or getattr(module, "att_mask", None) is not None:
+    positions = [getattr(module, name, None) for name in ("rope_theta", "att_mask")]
+    if any(each is not None for each in positions) or getattr(module, "causal", False):
         raise ValueError(f"the maps of {kind} depend on positions, which its qkv map does not show: take its own maps")
     heads = getattr(module, "num_heads", None) or module.heads
 

@@ -76,5 +76,5 @@ class StagedMetaFormerBackbone(BackboneMixin, PreTrainedModel):
         return backbone.eval()
 
 
-AutoConfig.register(StagedMetaFormerConfig.model_type, StagedMetaFormerConfig)
-AutoBackbone.register(StagedMetaFormerConfig, StagedMetaFormerBackbone)
+AutoConfig.register(StagedMetaFormerConfig.model_type, StagedMetaFormerConfig, exist_ok=True)
+AutoBackbone.register(StagedMetaFormerConfig, StagedMetaFormerBackbone, exist_ok=True)

@@ -148,12 +148,15 @@ class HaloAttention(MapMixer):
         context: MixerContext | None = None,
         keep: Bool[Tensor, "batch height width"] | None = None,
     ) -> Float[Tensor, "batch dim_out rows columns"]:
-        """A map ``(batch, dim_out, height / stride, width / stride)``, sides rounded up; ``keep`` marks real cells."""
+        """A map ``(batch, dim_out, height / stride, width / stride)``; with ``auto_pad`` sides are rounded up.
+
+        ``keep`` marks real cells: the others are not seen, whatever they hold, and give numbers without meaning.
+        """
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(
                 f"HaloAttention was built for maps (batch, {self.dim}, height, width), got {tuple(x.shape)}"
             )
-        return self._mix_map(x, keep)
+        return self._mix_map(x if keep is None else x.masked_fill(~keep[:, None], 0.0), keep)
 
     def _mix_map(self, x: Tensor, keep: Tensor | None) -> Tensor:
         height, width = x.shape[2:]

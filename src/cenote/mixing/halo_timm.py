@@ -43,8 +43,8 @@ def halonet_from_timm(model: str | nn.Module, pretrained: bool = True, **options
     """A :class:`HaloNet` with the structure and the weights of a timm network of halo and 3 x 3 blocks.
 
     Args:
-        model: a name of timm (``"halonet26t"``, ``"halonet50ts"``, ``"halonet_h1"``), or a ``ByobNet``.
-        pretrained: with a name, load its published weights through timm.
+        model: a name of timm (``"halonet26t.a1h_in1k"``, ``"halonet50ts"``, ``"hf-hub:timm/..."``), or a ``ByobNet``.
+        pretrained: with a name, load its published weights through timm, which asks the hub once and then its cache.
         **options: as for :func:`replace_halo`.
 
     Raises:

@@ -15,7 +15,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cenote.integrations import fla
 from cenote.mixing.base import State
+from cenote.ops.chunks import CHUNK
 from cenote.ops.gates import Gate, check_pairs, share_heads
 from cenote.ops.masked import widen
 from cenote.ops.padding_side import check_right_padding
@@ -203,7 +205,7 @@ class Regressor(nn.Module):
             raise ValueError(f"{type(self).__name__} takes (batch, heads, tokens, head_dim) thrice, got {shapes}")
         if set(gates) != set(self.gates):
             raise ValueError(f"{type(self).__name__} needs the gates {sorted(self.gates)}, got {sorted(gates)}")
-        heads = q.shape[1]
+        heads, dtype = q.shape[1], v.dtype
         # Outside autocast, which would round the products of float32 tensors.
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = widen(q), share_heads(widen(k), heads), share_heads(widen(v), heads)
@@ -219,7 +221,15 @@ class Regressor(nn.Module):
                 )
             if mask is not None:
                 k, v, gates = self._silence(k, v, gates, mask)
-            return call(q, k, v, gates, empty if state is None else state, mask)
+            state = empty if state is None else state
+            fast = None if call == self._step else self._accelerated(q, k, v, gates, state, dtype)
+            return call(q, k, v, gates, state, mask) if fast is None else fast
+
+    def _accelerated(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, dtype: torch.dtype
+    ) -> tuple[Tensor, State] | None:
+        """What another library's kernel gives for input that came in ``dtype``; ``None`` where there is none."""
+        return None
 
     def _silence(self, k: Tensor, v: Tensor, gates: Gates, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Keys, values and gates with 0 at padding."""
@@ -248,7 +258,7 @@ class LinearRegressor(Regressor):
     scaled: ClassVar[bool] = True
 
     def __init__(
-        self, num_heads: int, key_dim: int, value_dim: int, chunk_size: int = 64, scale: float | None = None
+        self, num_heads: int, key_dim: int, value_dim: int, chunk_size: int = CHUNK, scale: float | None = None
     ) -> None:
         super().__init__(num_heads, key_dim, value_dim)
         if chunk_size < 1:
@@ -258,3 +268,17 @@ class LinearRegressor(Regressor):
 
     def initial_state(self, like: Tensor) -> State:
         return (like.new_zeros(like.shape[0], self.num_heads, self.key_dim, self.value_dim),)
+
+    def _kernel(self, k: Tensor, gates: Gates) -> tuple[str, dict[str, Any]] | None:
+        """A kernel of :mod:`cenote.integrations.fla` that computes the same, and its gates and settings."""
+        return None
+
+    def _accelerated(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, dtype: torch.dtype
+    ) -> tuple[Tensor, State] | None:
+        kernel = self._kernel(k, gates) if fla.usable(dtype, q.device) else None
+        function = None if kernel is None else fla.find(kernel[0])
+        if kernel is None or function is None:
+            return None
+        out, after = fla.run(function, q, k, v, kernel[1], state[0], self.scale, dtype)
+        return out, (after,)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from cenote.mixing.base import State
 from cenote.mixing.regressor import Gates, LinearRegressor
+from cenote.ops.chunks import CHUNK
 from cenote.ops.delta_rule import chunk_delta_rule, implicit_step, normalised_step, step_delta_rule
 from cenote.ops.gates import LOG_DECAY, STEP, Gate
 
@@ -21,6 +22,9 @@ class DeltaRegressor(LinearRegressor):
     def steps(self, k: Tensor, gates: Gates) -> Tensor:
         """The step size of each pair, ``(batch, heads, pairs)``."""
         return gates["beta"]
+
+    def _kernel(self, k: Tensor, gates: Gates) -> tuple[str, dict[str, Any]] | None:
+        return "delta_rule", {"beta": self.steps(k, gates)}
 
     def _chunk(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, mask: Tensor | None
@@ -41,6 +45,9 @@ class GatedDeltaRegressor(DeltaRegressor):
 
     gates: ClassVar[Mapping[str, Gate]] = {"g": LOG_DECAY, "beta": STEP}
 
+    def _kernel(self, k: Tensor, gates: Gates) -> tuple[str, dict[str, Any]] | None:
+        return "gated_delta_rule", dict(gates)
+
 
 class GatedDeltaProductRegressor(GatedDeltaRegressor):
     """One decay, then ``num_updates`` delta steps for each token (Gated DeltaProduct). Queries are not scaled.
@@ -60,13 +67,16 @@ class GatedDeltaProductRegressor(GatedDeltaRegressor):
         key_dim: int,
         value_dim: int,
         num_updates: int = 2,
-        chunk_size: int = 64,
+        chunk_size: int = CHUNK,
         scale: float | None = None,
     ) -> None:
         super().__init__(num_heads, key_dim, value_dim, chunk_size, scale)
         if num_updates < 1:
             raise ValueError(f"num_updates must be at least 1, got {num_updates}")
         self.pairs = num_updates
+
+    def _kernel(self, k: Tensor, gates: Gates) -> tuple[str, dict[str, Any]] | None:
+        return "gated_delta_product", {**gates, "num_householder": self.pairs}
 
 
 class LonghornRegressor(DeltaRegressor):
@@ -104,7 +114,7 @@ class NLMSRegressor(DeltaRegressor):
         key_dim: int,
         value_dim: int,
         eps: float = 1e-6,
-        chunk_size: int = 64,
+        chunk_size: int = CHUNK,
         scale: float | None = None,
     ) -> None:
         super().__init__(num_heads, key_dim, value_dim, chunk_size, scale)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cenote.mixing.base import State
 from cenote.mixing.regressor import Gates, LinearRegressor
+from cenote.ops.chunks import CHUNK
 from cenote.ops.gates import KEY_LOG_DECAY, LOG_DECAY
 from cenote.ops.linear_recurrence import (
     FEATURE_CHUNK,
@@ -44,7 +45,7 @@ class LinearAttentionRegressor(LinearRegressor):
         value_dim: int,
         feature_map: str = "identity",
         normalise: bool = False,
-        chunk_size: int = 64,
+        chunk_size: int = CHUNK,
         scale: float | None = None,
     ) -> None:
         super().__init__(num_heads, key_dim, value_dim, chunk_size, scale)
@@ -57,6 +58,9 @@ class LinearAttentionRegressor(LinearRegressor):
     def initial_state(self, like: Tensor) -> State:
         columns = self.value_dim + self.normalise
         return (like.new_zeros(like.shape[0], self.num_heads, self.key_dim, columns),)
+
+    def _kernel(self, k: Tensor, gates: Gates) -> tuple[str, dict[str, Any]] | None:
+        return ("linear_attn", {"normalize": False}) if self.feature_map == "identity" else None
 
     def _chunk(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, mask: Tensor | None
@@ -76,6 +80,9 @@ class ScalarDecayRegressor(LinearRegressor):
 
     gates: ClassVar[Mapping[str, Gate]] = {"g": LOG_DECAY}
     qk_norm = "none"
+
+    def _kernel(self, k: Tensor, gates: Gates) -> tuple[str, dict[str, Any]] | None:
+        return "simple_gla", dict(gates)
 
     def _chunk(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, mask: Tensor | None
@@ -115,6 +122,9 @@ class VectorDecayRegressor(LinearRegressor):
         self, num_heads: int, key_dim: int, value_dim: int, chunk_size: int = FEATURE_CHUNK, scale: float | None = None
     ) -> None:
         super().__init__(num_heads, key_dim, value_dim, chunk_size, scale)
+
+    def _kernel(self, k: Tensor, gates: Gates) -> tuple[str, dict[str, Any]] | None:
+        return "gla", dict(gates)
 
     def _chunk(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, mask: Tensor | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class LocalLinearRegressor(LocalRegressor):
         if not ridge > 0:
             raise ValueError(f"ridge must be above 0, got {ridge}: the first tokens see too few pairs for a slope")
         self.kernel: Kernel = kernel
-        self.settings = {"ridge": ridge, "degree": degree, "solver": solver, "iterations": iterations}
+        self.settings: dict[str, Any] = {"ridge": ridge, "degree": degree, "solver": solver, "iterations": iterations}
 
     def _fit(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, seen: Tensor | None) -> Tensor:
         return local_polynomial(q, k, v, seen, kernel=self.kernel, scale=self.scale, **self.settings)
@@ -157,6 +157,6 @@ class TaylorRegressor(Regressor):
     def _chunk(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, mask: Tensor | None
     ) -> tuple[Tensor, State]:
-        settings = {"scale": self.scale, "eps": self.eps, "block": self.chunk_size}
+        settings: dict[str, Any] = {"scale": self.scale, "eps": self.eps, "block": self.chunk_size}
         out, after = taylor_attention_chunk(q, k, v, TaylorState(*state), mask, **settings)
         return out, tuple(after)

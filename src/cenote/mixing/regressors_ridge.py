@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class RidgeRegressor(Regressor):
     def _chunk(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, mask: Tensor | None
     ) -> tuple[Tensor, State]:
-        settings = {"solver": self.solver, "iterations": self.iterations, "block": self.chunk_size}
+        settings: dict[str, Any] = {"solver": self.solver, "iterations": self.iterations, "block": self.chunk_size}
         ridge = self.log_ridge.to(q.dtype).exp()
         out, after = ridge_recurrence(q, k, v, ridge, gates["g"], gates["beta"], RidgeState(*state), **settings)
         return out, tuple(after)

@@ -2,7 +2,7 @@
 
 Everything starts from the mean map over heads. From stored maps that is one reduction; from queries and keys it is
 made again, block by block, whenever it is needed, so that no map of a single head is ever whole and nothing but
-queries and keys is kept for the backward pass.
+queries and keys is kept for the backward pass (short sequences are spared the trouble).
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def attention_diversification_loss(
         threshold: of the gates, in multiples of uniform attention.
         on: ``"features"`` compares each token's features with their mean over tokens, without gates: the loss that
             FluxSR (ICML 2025) calls by the same name.
-        mask: ``True`` for a real token, where all layers have the same ones.
+        mask: ``True`` for a real token, where all layers have the same ones. That padding is not attended to is the
+            business of the maps, or of the ``bias`` of a :class:`QueryKey`.
         reduction: ``"none"`` gives one value an item.
         check_rows: refuse maps whose rows do not sum to 1; switch off for maps behind attention dropout.
 

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+CHUNK = 32
+"""The fastest on CPUs: a shorter chunk has less to do inside it, a longer one fewer steps of the loop."""
+
 
 def cut(x: Tensor, chunk: int) -> Tensor:
     """``(batch, heads, tokens, ...)`` to ``(batch * heads, chunks, chunk, ...)``, the last chunk filled with zeros."""

@@ -12,7 +12,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 def conjugate_gradients(
-    product: Product, target: Float[Tensor, "*batch n"], start: Float[Tensor, "*batch n"], iterations: int
+    product: Product, target: Float[Tensor, "*batch n"], start: Float[Tensor, "*batch n"] | None, iterations: int
 ) -> Float[Tensor, "*batch n"]:
     """``x`` with ``A x = b`` for each of a batch of symmetric positive definite matrices A, known by their products.
 
@@ -22,7 +22,7 @@ def conjugate_gradients(
     Args:
         product: ``A x`` of a batch of vectors.
         target: the right sides b.
-        start: the first guess.
+        start: the first guess; ``None`` for 0, which spares a product.
         iterations: products to spend.
 
     Raises:
@@ -30,7 +30,7 @@ def conjugate_gradients(
     """
     if iterations < 1:
         raise ValueError(f"conjugate gradients need at least one iteration, got {iterations}")
-    x, residual = start, target - product(start)
+    x, residual = (torch.zeros_like(target), target) if start is None else (start, target - product(start))
     direction, rest = residual, residual.square().sum(dim=-1, keepdim=True)
     # Squared norms are compared: one rounding of b, squared.
     enough = target.detach().square().sum(dim=-1, keepdim=True) * torch.finfo(target.dtype).eps ** 2

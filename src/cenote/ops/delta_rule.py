@@ -12,11 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cenote.ops.chunks import causal, chunk_length, cut, decay_between, join, log_decay_sums
+from cenote.ops.chunks import CHUNK, causal, chunk_length, cut, decay_between, join, log_decay_sums
 from cenote.ops.triangular import BLOCK, solve_unit_lower
-
-CHUNK = 32
-"""The fastest on CPUs: a shorter chunk has less to do inside it, a longer one fewer steps of the loop."""
 
 
 def implicit_step(

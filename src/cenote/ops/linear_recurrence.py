@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cenote.ops.chunks import causal, chunk_length, cut, decay_between, join, log_decay_sums
+from cenote.ops.chunks import CHUNK, causal, chunk_length, cut, decay_between, join, log_decay_sums
 
-CHUNK = 64
 FEATURE_CHUNK = 16
 
 

@@ -219,24 +219,29 @@ def _moments(features: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, T
 
 
 def _slope_by_gradients(q: Tensor, weights: Tensor, k: Tensor, ridge: float, iterations: int) -> Tensor:
-    mean = weights @ k
-    transposed = k.transpose(-1, -2)
+    mean, extended = weights @ k, _with_one(k)
 
     def product(x: Tensor) -> Tensor:
-        along = (x @ transposed).sub_((x * mean).sum(dim=-1, keepdim=True)).mul_(weights)
-        return torch.addcmul(along @ k, along.sum(dim=-1, keepdim=True), mean, value=-1).add_(x, alpha=ridge)
+        tilted = _along(x, -(x * mean).sum(dim=-1, keepdim=True), extended).mul_(weights) @ extended
+        return tilted[..., :-1] - tilted[..., -1:] * mean + ridge * x
 
-    diagonal = weights @ k.square() - mean.square() + ridge
-    target = mean - q
-    start = target / diagonal.clamp_min(torch.finfo(q.dtype).eps)
-    return conjugate_gradients(product, target, start, iterations)
+    return conjugate_gradients(product, mean - q, None, iterations)
 
 
 def _tilt(weights: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
-    """``mean(v) - Cov(v, k) r``."""
-    along = slope @ k.transpose(-1, -2)
-    mean = (weights * along).sum(dim=-1, keepdim=True)
-    return (weights * (1 + mean - along)) @ v
+    """``mean(v) - Cov(v, k) r``: the values' mean under weights ``w_i (1 - r.(k_i - mean(k)))``."""
+    mean = weights @ k
+    shift = 1 + (slope * mean).sum(dim=-1, keepdim=True)
+    return _along(-slope, shift, _with_one(k)).mul_(weights) @ v
+
+
+def _along(x: Tensor, shift: Tensor, extended: Tensor) -> Tensor:
+    """``x.k_i + shift`` of every pair in one product, without another pass over what is the largest tensor."""
+    return torch.cat([x, shift], dim=-1) @ extended.transpose(-1, -2)
+
+
+def _with_one(k: Tensor) -> Tensor:
+    return torch.nn.functional.pad(k, (0, 1), value=1.0)
 
 
 def _by_blocks(
@@ -259,10 +264,16 @@ def _by_blocks(
 
     def one(part: slice, *tensors: Tensor) -> Tensor:
         (*inner, k, v), ahead = tensors, None if seen is None else seen[:, :, : tensors[-1].shape[2]]
-        allowed = _allowed(tokens, pairs, part, ahead, causal, window, k.device)[..., : k.shape[2]]
-        scores = scale * (inner[0] @ k.transpose(-1, -2))
+        scores = scale * inner[0] @ k.transpose(-1, -2)
         if kernel == "gaussian":
             scores = scores - scale / 2 * k.square().sum(dim=-1)[:, :, None]
+        if causal and window is None and ahead is None:
+            # Only the last columns hold later pairs, and every row has its own to see.
+            size = part.stop - part.start
+            later = torch.ones(size, size, dtype=torch.bool, device=k.device).triu(1)
+            scores[..., k.shape[2] - size :].masked_fill_(later, float("-inf"))
+            return fit(*inner, scores.softmax(dim=-1), k, v)
+        allowed = _allowed(tokens, pairs, part, ahead, causal, window, k.device)[..., : k.shape[2]]
         # Finite instead of -inf, and 0 afterwards: a query that sees nothing has weights 0, not NaN.
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1) * allowed
         return fit(*inner, weights, k, v)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cenote.ops.chunks import causal, chunk_length, cut, decay_between, join, log_decay_sums
+from cenote.ops.chunks import CHUNK, causal, chunk_length, cut, decay_between, join, log_decay_sums
 from cenote.ops.triangular import BLOCK, solve_unit_lower
 
 MomentumState = tuple[Tensor, Tensor]
@@ -28,7 +28,7 @@ def chunk_momentum(
     state: MomentumState,
     real: Bool[Tensor, "batch tokens"] | None = None,
     *,
-    chunk_size: int | None = 64,
+    chunk_size: int | None = CHUNK,
     scale: float = 1.0,
 ) -> tuple[Float[Tensor, "batch heads tokens value_dim"], MomentumState]:
     """Outputs of a stretch of tokens and the state ``(S, Z)`` after it.

@@ -71,10 +71,8 @@ def local_pool(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     guarded: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens dim"]:
-    """Maximum of a token and its two neighbours, ``max(v_{n-1}, v_n, v_{n+1})``, and 0 at ``guarded`` tokens.
-
-    Padding and guarded tokens are no one's neighbour. Rows of padding come out meaning nothing.
-    """
+    """Maximum of a token and its two neighbours, ``max(v_{n-1}, v_n, v_{n+1})``, and 0 at padding and guarded tokens,
+    which are no one's neighbour."""
     hidden = guarded if mask is None else ~mask if guarded is None else ~mask | guarded
     if hidden is not None:
         values = values.masked_fill(hidden[..., None], float("-inf"))
@@ -82,7 +80,8 @@ def local_pool(
     beyond = F.pad(values, (0, 0, 1, 1), value=float("-inf"))
     pairs = torch.maximum(beyond[:, :-1], beyond[:, 1:])
     pooled = torch.maximum(pairs[:, :-1], pairs[:, 1:])
-    return pooled if guarded is None else pooled.masked_fill(guarded[..., None], 0.0)
+    # Also at padding: an -inf there would be NaN in the gradient of any map behind.
+    return pooled if hidden is None else pooled.masked_fill(hidden[..., None], 0.0)
 
 
 def fuse_pools(

@@ -58,7 +58,7 @@ def run(settings: Settings) -> list[Finding]:
         ),
     ]
     if not settings.quick and settings.data_dir is not None and (settings.data_dir / TEXT).is_file():
-        text = CharacterText.from_file(settings.data_dir / TEXT, length=64)
+        text = CharacterText.from_file(settings.data_dir / TEXT, length=128)
         runs: Losses = []
         for seed in settings.seeds:
             runs.append({})

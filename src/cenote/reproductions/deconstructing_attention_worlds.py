@@ -82,7 +82,7 @@ LANGUAGE_MODELS = {
 }
 
 
-def learnt_language(text: CharacterText, name: str, seed: int, steps: int = 600) -> Language:
+def learnt_language(text: CharacterText, name: str, seed: int, steps: int = 1500) -> Language:
     """A Qwen2-type model of four layers on letters, trained on the training part and judged on the other."""
     variants, hybrid = LANGUAGE_MODELS[name]
     torch.manual_seed(seed)

@@ -77,10 +77,10 @@ def train_all(settings: Settings) -> Trained:
         return dict(zip(jobs, each(work, list(jobs)), strict=True))
 
 
-def pattern_findings(model: RegressionAttention) -> list[Finding]:
+def pattern_findings(model: RegressionAttention, items: int = 40_000) -> list[Finding]:
     """The emergent pattern of trained heads, risk and effective step first."""
     heads = reduce_heads(model.circuits, WORLD.features)
-    test = WORLD.sample(40_000, 5)
+    test = WORLD.sample(items, 5)
     best = debiased_step(WORLD.features, WORLD.length, WORLD.noise)
     step_risk = _risk(debiased_gradient_step(test, best), test)
     risks = model_risks(model, test)
@@ -98,7 +98,7 @@ def pattern_findings(model: RegressionAttention) -> list[Finding]:
                     lambda v: abs(v) <= 3,
                     paper="tracks the debiased gradient descent predictor",
                     unit="% above the debiased step's risk",
-                    note=f"Mean squared errors on the same 40 000 prompts: debiased step {step_risk:.4f}, trained "
+                    note=f"Mean squared errors on the same {items} prompts: debiased step {step_risk:.4f}, trained "
                     + ", ".join(f"{risk:.4f}" for risk in risks)
                     + ". The paper's tables could not be read; bounds are the specification's.",
                 )
@@ -169,11 +169,11 @@ def pattern_findings(model: RegressionAttention) -> list[Finding]:
     ]
 
 
-def risk_findings(trained: Trained) -> list[Finding]:
+def risk_findings(trained: Trained, items: int = 40_000) -> list[Finding]:
     """One head against four, and prompts of other lengths than the one trained at."""
     curves: dict[str, list[list[float]]] = {}
     for length in LENGTHS:
-        test = replace(WORLD, length=length).sample(10_000, 7)
+        test = replace(WORLD, length=length).sample(items // 4, 7)
         of_heads = {
             "four": "four heads",
             "two": "two heads",
@@ -225,13 +225,13 @@ def risk_findings(trained: Trained) -> list[Finding]:
         finding(
             "A single softmax head is far worse.",
             "between 0.38 and 0.44 at 40 pairs",
-            model_risks(trained["one"], WORLD.sample(40_000, 5)),
+            model_risks(trained["one"], WORLD.sample(items, 5)),
             lambda v: 0.38 <= v <= 0.44,
             unit="mean squared error",
         ),
     ]
     if "two" in trained:
-        risks = model_risks(trained["two"], WORLD.sample(40_000, 5))
+        risks = model_risks(trained["two"], WORLD.sample(items, 5))
         found.append(
             finding(
                 "Two heads reach the debiased step too, or are stuck as a single head if both begin on one side.",
@@ -273,10 +273,10 @@ def anisotropic_findings(model: RegressionAttention) -> list[Finding]:
     ]
 
 
-def multi_task_findings(trained: Trained) -> list[Finding]:
+def multi_task_findings(trained: Trained, items: int = 40_000) -> list[Finding]:
     """Two tasks on disjoint features: three heads superpose them, two cannot."""
     world = LinearRegression(features=6, supports=SUPPORTS)
-    test = world.sample(40_000, 5)
+    test = world.sample(items, 5)
     separate = torch.cat(
         [
             debiased_gradient_step(

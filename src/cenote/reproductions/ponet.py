@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from cenote.reproductions.base import Finding, Reproduction, Settings, finding
 from cenote.reproductions.ponet_cost import cost_findings
@@ -11,13 +10,12 @@ from cenote.reproductions.ponet_exact import exact_findings
 from cenote.reproductions.ponet_figure import draw_ponet
 from cenote.reproductions.ponet_keyword import MODELS, keyword_accuracy
 from cenote.reproductions.ponet_pretraining import Documents, novels, pre_train, stories
-from cenote.reproductions.ponet_reviews import review_accuracy
 
 CLAIM = (
     "A global, a segment and a local pooling in place of attention keep most of its accuracy at a cost that grows with "
     "the length of a text instead of its square."
 )
-BOOKS, REVIEWS = "books", "sst2/sst2.parquet"
+BOOKS = "books"
 NOISE = 2.0
 """Points that a model without one pooling may be ahead before it counts."""
 
@@ -34,13 +32,6 @@ def run(settings: Settings) -> list[Finding]:
             accuracies[name].append(keyword_accuracy(mixer, seed, steps))
     found += accuracy_findings(accuracies, "a keyword far from the class token", central=True)
     folder = None if settings.quick else settings.data_dir
-    if folder is not None and (folder / REVIEWS).is_file():
-        reviews: Accuracies = {name: [] for name in MODELS}
-        for seed in settings.seeds:
-            settings.progress(f"film reviews (SST-2), seed {seed}")
-            for name, mixer in MODELS.items():
-                reviews[name].append(review_accuracy(mixer, folder / REVIEWS, seed))
-        found += accuracy_findings(reviews, "film reviews (SST-2)")
     settings.progress("pre-training on generated stories")
     found += pre_training_findings("generated stories", *stories(1500, 0), settings.seeds, 300)
     if folder is not None and (folder / BOOKS).is_dir():
@@ -66,8 +57,8 @@ def accuracy_findings(accuracies: Accuracies, task: str, central: bool = False) 
             lambda v: v >= -3,
             paper="95.7 % of BERT's average on GLUE" if central else "",
             unit="points of accuracy",
-            note=f"Mean accuracy in per cent, read at the class token: {means}. Equal training; attention may need more "
-            "steps than these.",
+            note=f"Mean accuracy in per cent, read at the class token: {means}. All are trained alike; "
+            "attention may need more steps.",
         ),
         finding(
             f"On {task} PoNet is ahead of the same network without mixing.",
@@ -115,4 +106,4 @@ def pre_training_findings(
     ]
 
 
-REPRODUCTION = Reproduction("ponet", CLAIM, run, draw_ponet, needs=(BOOKS, REVIEWS))
+REPRODUCTION = Reproduction("ponet", CLAIM, run, draw_ponet, needs=(BOOKS,))

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,9 @@ class Layers(nn.Module):
 
     def __init__(self, width: int = WIDTH, heads: int = HEADS) -> None:
         super().__init__()
-        sizes = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width}
+        sizes: dict[str, Any] = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width}
         self.ponet = PoNetLayer(PoNetConfig(**sizes))
-        self.dense = BertLayer(BertConfig(**sizes, attn_implementation="sdpa"))
+        self.dense = BertLayer(BertConfig(**sizes, attn_implementation="sdpa"))  # type: ignore[call-arg]
         self.eval()
 
 

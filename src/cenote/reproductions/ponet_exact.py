@@ -53,11 +53,15 @@ def _published() -> list[Finding]:
     ]
 
 
-def _context(tokens: int = TOKENS) -> MixerContext:
-    special = torch.zeros(3, tokens, dtype=torch.bool)
+def _special() -> Tensor:
+    special = torch.zeros(3, TOKENS, dtype=torch.bool)
     special[:, 0], special[:, -1] = True, True
     special[0, 9], special[1, 4:6] = True, True
-    return MixerContext(special_mask=special)
+    return special
+
+
+def _context() -> MixerContext:
+    return MixerContext(special_mask=_special())
 
 
 def _padding(mixer: PoNet, tokens: Tensor) -> list[Finding]:
@@ -69,7 +73,7 @@ def _padding(mixer: PoNet, tokens: Tensor) -> list[Finding]:
         mask = torch.zeros(3, TOKENS + 7, dtype=torch.bool)
         mask[:, place] = True
         special = torch.ones_like(mask)
-        special[:, place] = _context().special_mask
+        special[:, place] = _special()
         mixed = mixer(padded, mask, MixerContext(special_mask=special))
         away.append(_away(mixed[:, place], alone))
         left.append(float(mixed[~mask].abs().max()))
@@ -87,7 +91,7 @@ def _guard(mixer: PoNet, tokens: Tensor) -> list[Finding]:
     assert after.segment is not None and after.local is not None and before.overall and after.overall  # noqa: PT018
     behind = max(_away(before.segment[0, 9:], after.segment[0, 9:]), _away(before.local[0, 9:], after.local[0, 9:]))
     moved = _away(before.overall.vector, after.overall.vector)
-    special = context.special_mask
+    special = _special()
     return [
         _at_most("A changed token leaves both maxima of other sentences as they were.", behind, 0),
         finding("It moves the global vector.", "above 0", moved, lambda v: v > 0, unit="max abs difference"),

@@ -67,7 +67,7 @@ def stories(count: int, seed: int) -> tuple[Documents, int]:
 
 def novels(folder: Path, most: int = 2000) -> tuple[Documents, int]:
     """Paragraphs of five sentences of the novels in a folder, in their most frequent words; others are unknown."""
-    texts = [gzip.open(path, "rt", encoding="utf-8").read().lower() for path in sorted(folder.glob("*.txt.gz"))]
+    texts = [gzip.decompress(path.read_bytes()).decode().lower() for path in sorted(folder.glob("*.txt.gz"))]
     books = [[re.findall(r"[a-z]+", part) for part in re.split(r"[.!?;]+", text)] for text in texts]
     books = [[sentence for sentence in book if len(sentence) > 1] for book in books]
     counts = Counter(word for book in books for sentence in book for word in sentence)

@@ -67,7 +67,7 @@ def digit_findings(scores: Scores, quick: bool) -> list[Finding]:
             lambda v: v <= CHANCE,
             paper="2.5 % on ImageNet-1K",
             unit="% accuracy",
-            note="What is left is linear but for the norms.",
+            note="What is left is linear but for the norms, and on digits that is enough to be well above chance.",
         ),
         finding(
             "It is the residual that is missed, not LayerScale's small start: without both it learns as little.",

@@ -99,7 +99,8 @@ def world_findings(runs: Runs, data: str, severities: tuple[int, ...]) -> list[F
         finding(
             f"On {data} training with lambda 1 lowers the diversification loss on held-out images.",
             "at least 20 %", lowered("adl"), lambda v: v >= 20, unit="% lower",
-            note=f"Mean loss {_mean(runs, BASELINE, 'adl')} without, {_mean(runs, ADL, 'adl')} with.",
+            note=f"Mean loss {_mean(runs, BASELINE, 'adl')} without, {_mean(runs, ADL, 'adl')} with"
+            f"; with TAP as well {_mean(runs, BOTH, 'adl')}. Judged seed by seed.",
         ),
         finding(
             f"On {data} it lowers the similarity without thresholds too, so that attention did not just turn uniform.",

@@ -111,8 +111,9 @@ def fashion_world(path: Path) -> World:
 def run_variant(world: World, variant: Variant, seed: int, severities: tuple[int, ...]) -> Measures:
     """Train one network and measure it. Networks of one seed start from the same weights and see the same batches.
 
-    AdamW at 1e-3, decay 0.05, a tenth of warm-up, then a cosine; threshold 2 and lambda 1 are the paper's. Nothing was
-    tuned.
+    AdamW at 1e-3, decay 0.05, a tenth of warm-up, then a cosine; threshold 2 and lambda 1 are the
+    paper's. One pilot on another seed, with a class token and batches of 64, learned the digits to 79 % only; the class
+    token was then left out, as in the paper's hosts, and the batch halved. Nothing else was chosen by looking.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

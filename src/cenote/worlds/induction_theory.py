@@ -110,8 +110,8 @@ class PhenomenologicalFit:
 
 
 def fit_phenomenological(
-    steps: Sequence[float] | Float[np.ndarray, "evaluations"],
-    losses: Sequence[float] | Float[np.ndarray, "evaluations"],
+    steps: Sequence[float] | np.ndarray,
+    losses: Sequence[float] | np.ndarray,
     pairs: int,
     labels: int,
     *,
@@ -121,8 +121,11 @@ def fit_phenomenological(
     """Least squares of a measured loss over the scale of time and, with ``fit_start``, over b, a and xi at step 0.
 
     The model's loss begins near ``log L`` and ends at 0 whatever the fit; the scale alone fixes how steep the fall is
-    beside how late it comes, which is what the measured curve can contradict. Searched by Nelder and Mead from several
-    scales; deterministic.
+    beside how late it comes, which is what the measured curve can contradict. Searched by Nelder and Mead from two
+    starts, each at the best of several scales; deterministic.
+
+    Raises:
+        ValueError: fewer than five losses, or not one a step.
     """
     from scipy.optimize import minimize
 
@@ -135,25 +138,23 @@ def fit_phenomenological(
         scale = math.exp(min(max(setting[0], -20.0), 20.0))
         start = tuple(np.clip(setting[1:], -10, 10)) if fit_start else (0.0, 0.0, 0.0)
         # Scales of which the measured span is thousands of units are no fit; they are cut off instead of followed.
-        way = descend(pairs, labels, min(last / scale, 2000.0) + step, step, start)
+        way = descend(pairs, labels, min(last / scale, 600.0) + step, step, start)
         return np.interp(wanted_steps / scale, way.times, way.losses)
 
     def misfit(setting: np.ndarray) -> float:
         return float(np.square(predict(setting) - wanted).mean())
 
-    zeros = [0.0] * (3 if fit_start else 0)
-    # The steepest fall of the measured curve is laid on the model's, then half and twice as slow.
-    origin = descend(pairs, labels, 2000.0, step)
+    starts = [[0.0, 0.0, 0.0], [1.0, -1.0, 3.0]] if fit_start else [[]]
+    # The fall of the measured curve is laid on the model's, then somewhat faster and slower.
+    origin = descend(pairs, labels, 600.0, step)
     fall = origin.first_below(math.log(labels) / 2)
     measured = wanted_steps[np.argmin(np.abs(wanted - math.log(labels) / 2))]
     centre = math.log(max(measured, 1.0) / fall) if math.isfinite(fall) else math.log(max(last, 1.0) / 100)
     found = []
-    for shift in (-0.7, 0.0, 0.7):
-        first = np.array([centre + shift, *zeros])
-        simplex = np.vstack([first, first + np.diag([0.3] + [0.5] * len(zeros))])
-        found.append(
-            minimize(misfit, first, method="Nelder-Mead", options={"initial_simplex": simplex, "maxiter": 300})
-        )
+    for start in starts:
+        first = min((np.array([centre + shift, *start]) for shift in np.linspace(-1, 1, 9)), key=misfit)
+        simplex = np.vstack([first, first + np.diag([0.3] + [0.5] * len(start))])
+        found.append(minimize(misfit, first, method="Nelder-Mead", options={"initial_simplex": simplex}))
     best = min(found, key=lambda each: each.fun).x
     predicted = predict(best)
     away = predicted - wanted

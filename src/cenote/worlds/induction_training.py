@@ -78,12 +78,14 @@ class InductionRuns:
     """What :func:`train_induction` gives.
 
     Attributes:
+        worlds: the stream of each run, with its own seed.
         networks: one trained network a run.
         steps: updates done at each evaluation.
         measures: by name ``(evaluations, runs)``: ``loss``, ``accuracy``, ``cla``, ``ila1``, ``tila2``, ``tla2`` on
             fresh classes, ``iw`` and ``ic2`` (accuracies) where asked for. Networks of one layer have no ``ila1``.
     """
 
+    worlds: tuple[ContextClassification, ...]
     networks: tuple[InductionNetwork, ...]
     steps: tuple[int, ...]
     measures: dict[str, Float[Tensor, "evaluations runs"]]
@@ -163,7 +165,7 @@ def train_induction(
         sgd_step(parameters, torch.autograd.grad(loss, parameters), lr, decay)
     names = records[0][0]
     measures = {name: torch.tensor([[run[name] for run in row] for row in records]) for name in names}
-    return InductionRuns(tuple(networks), tuple(done), measures)
+    return InductionRuns(tuple(worlds), tuple(networks), tuple(done), measures)
 
 
 def _evaluation_sets(world: ContextClassification, items: int, memory: bool) -> dict[str, LabelledContexts]:
