@@ -30,6 +30,7 @@ CLAIM = (
     "Attention in blocks that share a halo takes the place of 3 x 3 convolutions at equal parameters, sees across the "
     "borders of blocks, and costs time in proportion to the pixels."
 )
+RATES = (3e-3, 1e-2)
 FASHION = "fashion_mnist/fashion_mnist_12k_4k.npz"
 
 
@@ -88,14 +89,22 @@ def _across_borders(settings: Settings) -> list[Finding]:
         "pairs in one block": Labelled(test.tokens[~across], test.targets[~across]),
     }
     scores: dict[int, dict[str, list[float]]] = {halo: {name: [] for name in parts} for halo in (2, 0)}
-    parameters = {}
+    parameters: dict[int, int] = {}
+    chosen: dict[int, list[float]] = {2: [], 0: []}
+    validation, _ = two_dots(2000, seed=2_000_000)
     for seed in settings.seeds:
         settings.progress(f"two dots with and without a halo, seed {seed}")
         train, _ = two_dots(32 * steps, seed)
         for halo, values in scores.items():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = fit(dots_network(halo), train, steps, batch=32, lr=1e-2)
+            # A rate that suits one network can make the other predict a constant, so each has its own, chosen alike.
+            models = {}
+            for rate in RATES:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    models[rate] = fit(dots_network(halo), train, steps, batch=32, lr=rate)
+            rate = max(RATES, key=lambda r: per_cent_right(models[r], validation))
+            model = models[rate]
+            chosen[halo].append(rate)
             parameters[halo] = count(model)
             for name, part in parts.items():
                 values[name].append(per_cent_right(model, part))
@@ -118,7 +127,10 @@ def _across_borders(settings: Settings) -> list[Finding]:
             paper="a halo of 3 gains accuracy over none, then it saturates (ImageNet)",
             unit=unit,
             note=f"{written}. One attention block behind a 1 x 1 convolution, 12 x 12 pixels, blocks of 4, {steps} "
-            "steps of 32 images; steps, rate and width were chosen for the network with a halo to learn the task.",
+            f"steps of 32 images; each network's rate is the better of {RATES} on validation images: h = 2 {chosen[2]}, "
+            f"h = 0 {chosen[0]}. Width and depth are the last of five settings tried on one seed, by the accuracy of "
+            "h = 2; in the first (two blocks of width 16, 300 steps) h = 2 was behind, 80 to 85 %, since it learns "
+            "more slowly. At a common rate of 0.01 and 1200 steps h = 0 predicted a constant, hence the choice of rates.",
         ),
         finding(
             "The gain is made on pairs across a border.", "at least 1 point", gain("pairs across a border"),
@@ -127,7 +139,13 @@ def _across_borders(settings: Settings) -> list[Finding]:
         finding(
             "Within one block a halo costs nothing.", "at least -2 points", gain("pairs in one block"),
             lambda v: v >= -2, unit=unit,
-            note="Not claimed by the paper: a control of the task.",
+            note="Not claimed by the paper: a control. The window with a halo has four times the cells to learn over.",
+        ),
+        finding(
+            "The network without a halo has learnt the task within one block, so that what it is compared with is no "
+            "failed training.",
+            "at least 80 %", scores[0]["pairs in one block"], lambda v: v >= 80, unit="% right within one block, h = 0",
+            note="Where this fails, the gains above say nothing about halos.",
         ),
     ]  # fmt: skip
 
