@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from cenote.inspection.circuits import attention_circuits, split_heads
+from cenote.inspection.circuits import attention_circuits
 from cenote.mixing.softmax_attention import SoftmaxAttention
+from cenote.ops.circuits import split_heads
 
 
 def rebuilt(circuits, tokens):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cenote.inspection.circuits import HeadCircuits, attention_circuits
+from cenote.inspection.circuits import attention_circuits
+from cenote.ops.circuits import HeadCircuits
 from cenote.reproductions.icl_linear_regression_exact import planted_heads
 from cenote.worlds.linear_regression import LinearRegression, Prompts
 from cenote.worlds.regression_attention import RegressionAttention, fit_regression

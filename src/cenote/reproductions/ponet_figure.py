@@ -23,7 +23,7 @@ def draw_ponet(findings: list[Finding], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("drawing needs matplotlib: pip install matplotlib") from None
-    rows = [f for f in findings if len(f.values) > 1 and f.claim not in CURVES and "point" in f.unit]
+    rows = [f for f in findings if f.unit == "points of accuracy"]
     figure = Figure(figsize=(11, max(4.0, 0.42 * len(rows) + 1.2)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1])
     for each in findings:

@@ -6,13 +6,19 @@ from typing import Any
 _PLACES = {
     "AssociativeRecall": "recall",
     "CharacterText": "characters",
+    "ContextClassification": "context_classification",
     "FixedOffsetCopy": "copying",
+    "InductionNetwork": "induction",
+    "LinearRegression": "linear_regression",
     "ListOps": "listops",
+    "RegressionAttention": "regression_attention",
     "SequenceModel": "models",
     "Sequences": "base",
     "World": "base",
+    "fit_regression": "regression_attention",
     "fit_sequences": "training",
     "sequence_accuracy": "training",
+    "train_induction": "induction_training",
 }
 
 __all__ = sorted(_PLACES)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cenote.inspection.circuits import HeadCircuits
+from cenote.ops.circuits import HeadCircuits
 from cenote.worlds.linear_regression import LinearRegression, Prompts, valid_pairs
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cenote.inspection.circuits import HeadCircuits
+from cenote.ops.circuits import HeadCircuits
 from cenote.worlds.linear_regression import check_supports
 
 ACTIVE = 0.02
