@@ -86,7 +86,7 @@ def mixer_layer(cache: Cache, index: int) -> MixerCacheLayer:
         return layer
     if type(layer) is not DynamicLayer or layer.get_seq_length():
         raise ValueError(
-            f"layer {index} of the cache is a used layer or a {type(layer).__name__}: a mixer needs a fresh DynamicCache"
+            f"layer {index} of the cache is a used layer or a {type(layer).__name__}: mixers need a fresh DynamicCache"
         )
     cache.layers[index] = fresh = MixerCacheLayer()
     return fresh

@@ -15,21 +15,19 @@ from cenote.worlds.training import fit_sequences, sequence_accuracy
 
 WIDTH, STEPS, RATE = 48, 500, 3e-3
 SHOWN = {"local_constant": "softmax attention", "linear_attention": "linear attention", "delta_rule": "the delta rule"}
-KEY_WIDTH, SYMBOLS = 16, 64
+KEY_WIDTH = 16
 SIZES = (4, 8, 16, 32)
 CURVE = "Recall by number of pairs:"
 
 
-def recall(
-    rule: str, pairs: int, seed: int, *, convolve: bool = True, head_dim: int = WIDTH, symbols: int = 32
-) -> float:
+def recall(rule: str, pairs: int, seed: int, *, convolve: bool = True, head_dim: int = WIDTH) -> float:
     """Share of the keys answered right by one block, trained 500 steps. One head, so that the key has the width given;
     the only other place where a token could see its neighbour is the convolution of length 3 on the keys."""
     torch.manual_seed(seed)
-    world = AssociativeRecall(pairs=pairs, keys=symbols, values=symbols)
+    world = AssociativeRecall(pairs=pairs)
     options = {"num_heads": 1, "head_dim": head_dim, "conv_on": "k" if convolve else "", "conv_size": 3}
     model = SequenceModel(world.vocabulary, WIDTH, 1, rule, options=options)
-    fit_sequences(model, world, STEPS, batch=32, lr=RATE, seed=seed)
+    fit_sequences(model, world, STEPS, lr=RATE, seed=seed)
     return sequence_accuracy(model, world)
 
 
@@ -72,7 +70,7 @@ def curve_findings(settings: Settings) -> list[Finding]:
     curves = {}
     for rule in rules:
         settings.progress(f"recall by number of pairs: {rule}")
-        curves[rule] = [recall(rule, n, settings.seeds[0], head_dim=KEY_WIDTH, symbols=SYMBOLS) for n in sizes]
+        curves[rule] = [recall(rule, n, settings.seeds[0], head_dim=KEY_WIDTH) for n in sizes]
     most = sizes[-1]
 
     def curve(rule: str) -> str:

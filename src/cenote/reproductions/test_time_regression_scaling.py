@@ -57,10 +57,11 @@ def _linear_time() -> Finding:
         value = time_ratio(lambda: call(4096), lambda: call(1024), rounds=5, warmup=1)
     return finding(
         "The delta rule in chunks takes time in proportion to the tokens (4096 against 1024).",
-        "at most 5 times",
+        "at most 8 times",
         value,
-        lambda v: v <= 5,
+        lambda v: v <= 8,
         unit="x (4 is in proportion)",
+        note="Halfway, in ratios, between proportion (4) and the square (16), since a shared machine's times scatter.",
     )
 
 
