@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 State = Any
 
@@ -84,7 +84,7 @@ def mixer_layer(cache: Cache, index: int) -> MixerCacheLayer:
     layer = cache.layers[index]
     if isinstance(layer, MixerCacheLayer):
         return layer
-    if type(layer) is not DynamicLayer or layer.get_seq_length():
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
         raise ValueError(
             f"layer {index} of the cache is a used layer or a {type(layer).__name__}: mixers need a fresh DynamicCache"
         )
@@ -95,8 +95,8 @@ def mixer_layer(cache: Cache, index: int) -> MixerCacheLayer:
 def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
     """Which of the last ``tokens`` tokens are real, ``(batch, tokens)``, from a host's attention mask of any form.
 
-    Two-dimensional masks say it directly; of ``(batch, heads, queries, keys)``, boolean or additive, the last query
-    sees every real key.
+    Two-dimensional masks say it directly. Of ``(batch, heads, queries, keys)``, boolean or additive, a single query
+    sees every real key, and of several each real one sees itself, be the host causal, of a sliding window, or neither.
 
     Raises:
         TypeError: a block mask, whose entries cannot be read back.
@@ -108,7 +108,10 @@ def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
             f"cannot read padding from a {type(attention_mask).__name__}: load the host with "
             "attn_implementation='sdpa' or 'eager'"
         )
-    seen = attention_mask[:, 0, -1] if attention_mask.ndim == 4 else attention_mask
+    seen = attention_mask
+    if seen.ndim == 4:
+        queries, keys = seen.shape[2:]
+        seen = seen[:, 0, 0] if queries == 1 else seen[:, 0].diagonal(keys - queries, dim1=1, dim2=2)
     if seen.is_floating_point():
         seen = seen > torch.finfo(seen.dtype).min / 2
     seen = seen.bool()[:, -tokens:]
