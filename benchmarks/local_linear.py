@@ -14,25 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import finish, interleaved, ratio
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cenote.ops.local_regression import local_polynomial
+from cenote.reproductions.test_time_regression_scaling import LargestTensor
 
 GOAL = 1.0
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that any tensor made inside has."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for each in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(each, Tensor):
-                self.numel = max(self.numel, each.numel())
-        return out
 
 
 def main() -> None:
@@ -60,7 +46,7 @@ def main() -> None:
             del calls["solved directly"]
         with torch.no_grad():
             times = interleaved(calls, options.repeats, warmup=1)
-            with Largest() as seen:
+            with LargestTensor() as seen:
                 calls["local linear"]()
         attentions = 1 / ratio(times, "attention", "local linear")
         value = (options.iterations + 2) / attentions

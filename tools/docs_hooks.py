@@ -172,8 +172,9 @@ def _mixers(shown: set[str]) -> list[str]:
 
 
 def reference_page(room: str, modules: tuple[str, ...]) -> str:
-    """Public names of a room's main modules; those that do not exist yet are left out."""
-    there = [m for m in modules if (ROOT / "src" / "cenote" / f"{m.replace('.', '/')}.py").exists()]
+    """Public names of a room's main modules, without those that the page of a family shows a system from."""
+    shown = {system.entry_point.partition(":")[0] for system in SYSTEMS}
+    there = [m for m in modules if f"cenote.{m}" not in shown]
     return "\n".join([f"# {room.capitalize()}", "", *(f"## {m}\n\n::: cenote.{m}\n" for m in there)])
 
 

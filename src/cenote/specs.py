@@ -24,6 +24,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Name)
             and not node.args
+            and all(k.arg for k in node.keywords)
             and len({k.arg for k in node.keywords}) == len(node.keywords)
         ):
             return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
@@ -47,7 +48,13 @@ def accepted(cls: type, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_options(name: str, cls: type, options: Iterable[str]) -> None:
-    """Raise ``ValueError`` with the signature where ``cls`` does not take one of the options."""
-    unknown = set(options) - set(inspect.signature(cls).parameters)
+    """Raise ``ValueError`` with the signature where ``cls`` does not take one of the options.
+
+    Its width ``dim`` is no option: whoever builds it gives that. A class that takes ``**options`` looks at them itself.
+    """
+    parameters = inspect.signature(cls).parameters
+    unknown = set(options) - (set(parameters) - {"dim"})
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        unknown &= {"dim"}
     if unknown:
         raise ValueError(f"{name} takes no option(s) {', '.join(sorted(unknown))}; it takes {inspect.signature(cls)}")

@@ -120,3 +120,8 @@ def test_bad_input():
         attention_circuits(nn.Linear(3, 3), num_heads=1)
     with pytest.raises(ValueError, match="does not split"):
         attention_circuits(nn.MultiheadAttention(6, 2), num_heads=4)
+    transformers = pytest.importorskip("transformers")
+    small = transformers.GPTNeoXConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                       num_attention_heads=2)  # fmt: skip
+    with pytest.raises(ValueError, match="interleave heads"):
+        attention_circuits(transformers.GPTNeoXModel(small).layers[0].attention)

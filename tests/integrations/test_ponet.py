@@ -1,5 +1,7 @@
 """PoNet as a model of transformers: keys, files, Auto classes, padding, training."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -137,6 +139,28 @@ def test_auto_classes_files_and_gradients(auto, tmp_path):
         assert silent == []
 
 
+def test_choices_are_texts_of_their_own():
+    model = sharp(PoNetForMultipleChoice(config()))
+    ids, mask = rows()
+    given = {"input_ids": torch.stack([ids, ids.flip(0)]), "attention_mask": torch.stack([mask, mask.flip(0)])}
+    labels = torch.tensor([1, 1])
+    out = model(**given, labels=labels, output_hidden_states=False)
+    single = model.classifier(model.ponet(ids, mask).pooler_output)[:, 0]
+    torch.testing.assert_close(out.logits, torch.stack([single, single.flip(0)]))
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, labels))
+
+
+@pytest.mark.parametrize("model", list(HEADS.values())[1:])
+def test_heads_name_their_inputs_and_take_no_others(model):
+    named = list(inspect.signature(model.forward).parameters)
+    assert named[:3] == ["self", "input_ids", "attention_mask"]
+    assert {"segment_ids", "special_mask", "inputs_embeds", "return_dict"} < set(named)
+    assert ("labels" in named) == (model is not PoNetForQuestionAnswering)
+    ids, mask = rows()
+    with pytest.raises(TypeError, match="head_mask"):
+        model(config())(ids, mask, head_mask=mask)
+
+
 def test_losses_are_the_named_ones():
     model = sharp(PoNetForPreTraining(config()))
     ids, mask = rows()
@@ -169,6 +193,15 @@ def test_padding_changes_no_real_token(side):
     torch.testing.assert_close(out.attentions[0].sum(dim=-1), torch.ones(2, 4))
     if side == "right":
         torch.testing.assert_close(out.pooler_output, torch.cat([single.pooler_output for single in alone]))
+
+
+def test_a_separator_in_padding_changes_no_real_token():
+    model = sharp(PoNetModel(config()))
+    ids, mask = torch.tensor([[CLS, 5, 6, PAD, 7, 8, SEP]]), torch.tensor([[1, 1, 1, 0, 1, 1, 1]])
+    marked = ids.clone()
+    marked[0, 3] = SEP
+    out, again = (model(each, attention_mask=mask).last_hidden_state[mask.bool()] for each in (ids, marked))
+    torch.testing.assert_close(out, again)
 
 
 def test_embeddings_with_their_special_tokens_are_as_good_as_ids():
@@ -255,6 +288,10 @@ def test_bad_input():
         model(ids, segment_ids=torch.full_like(ids, 8))
     with pytest.raises(ValueError, match="at least one real token"):
         model(ids, attention_mask=torch.zeros_like(mask))
+    with pytest.raises(ValueError, match=r"expected attention_mask of shape \(2, 8\), got \(2, 5\)"):
+        model(ids, attention_mask=mask[:, :5])
+    with pytest.raises(ValueError, match=r"expected special_mask of shape \(2, 8\), got \(2, 1\)"):
+        model(ids, special_mask=mask[:, :1])
     with pytest.raises(TypeError, match="head_mask"):
         model(ids, head_mask=mask)
     with pytest.raises(ValueError, match="cannot be a decoder"):

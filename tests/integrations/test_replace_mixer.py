@@ -1,19 +1,38 @@
 """Mixers in the attention's place of real host classes, built small from their configurations."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
 from transformers import (
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
     DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     StaticCache,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
     ViTModel,
 )
@@ -90,6 +109,97 @@ def test_cached_decoding_equals_the_whole_sequence():
         assert cache.get_seq_length() == 9
 
 
+COMMON = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+WINDOWS = {"sliding_window": 4, "head_dim": 8}
+HOSTS = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, **WINDOWS)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, **WINDOWS, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    ),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**COMMON)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(vocab_size=40, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_kv_heads=2,
+                     new_decoder_architecture=True)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [None, [0], [1]])
+@pytest.mark.parametrize("kind", HOSTS)
+@torch.no_grad()
+def test_left_padding_and_cached_decoding_in_hosts_of_other_makes(kind, layers):
+    torch.manual_seed(0)
+    model = HOSTS[kind]().eval()
+    replace_mixer(model, "gated_delta(num_heads=4)", layers)
+    positions = {} if kind == "falcon" else {"position_ids": (LEFT.cumsum(1) - 1).clamp(min=0)}
+    padded = model(ids, attention_mask=LEFT, use_cache=False, **positions).logits
+    alone = model(ids[1:, 4:], use_cache=False).logits
+    torch.testing.assert_close(padded[1:, 4:], alone, rtol=1e-4, atol=1e-5)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    made = model.generate(
+        ids, attention_mask=LEFT, output_logits=True, return_dict_in_generate=True, use_cache=True, **settings
+    )
+    mask = torch.nn.functional.pad(LEFT, (0, 5), value=1)
+    positions = {} if kind == "falcon" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    whole = model(made.sequences, attention_mask=mask, use_cache=False, **positions).logits[:, 8:-1]
+    torch.testing.assert_close(torch.stack(made.logits, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_decoder_behind_an_encoder_has_its_own_places_in_the_cache():
+    torch.manual_seed(0)
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder")
+             for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    model = BartModel(BartConfig(vocab_size=40, d_model=32, **sizes)).eval()
+    replaced = replace_mixer(model, "softmax_attention(num_heads=4)")
+    assert [mixer.causal for mixer in replaced.mixers.values()] == [False, False, True, True]
+    whole = model(ids, decoder_input_ids=ids, use_cache=False).last_hidden_state
+    first = model(ids, decoder_input_ids=ids[:, :6], use_cache=True)
+    rest = model(ids, decoder_input_ids=ids[:, 6:], past_key_values=first.past_key_values, use_cache=True)
+    both = torch.cat([first.last_hidden_state, rest.last_hidden_state], dim=1)
+    torch.testing.assert_close(both, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_host_keeps_its_own_embeddings(copied):
+    model = decoder()
+    replace_mixer(model, "static_attention(num_heads=4)", [1])
+    model(ids, labels=ids).loss.backward()
+    other = copied(model)
+    short = ids[:1, :5]
+    with torch.no_grad():
+        expected = model(short, use_cache=False).logits
+        model(ids, use_cache=False)
+        torch.testing.assert_close(other(short, use_cache=False).logits, expected)
+
+
+@torch.no_grad()
+def test_masks_of_shifted_windows_are_refused():
+    torch.manual_seed(0)
+    theirs = SwinModel(SwinConfig(image_size=64, patch_size=4, embed_dim=16, depths=[2], num_heads=[2], window_size=4))
+    ours = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(2,), embed_dim=24)
+    for model in (theirs.eval(), ours.eval()):
+        replace_mixer(model, "softmax_attention(num_heads=4)")
+        with pytest.raises(ValueError, match="cannot read padding from an attention mask of shape"):
+            model(torch.randn(2, 3, 64, 64))
+
+
+def test_a_replaced_layer_is_replaced_again_with_the_manners_of_the_first():
+    model = decoder()
+    first = replace_mixer(model, ROPE, [0])
+    assert replace_mixer(model, ROPE, [0]).mixers[0].causal
+    with pytest.raises(ValueError, match="sees later tokens"):
+        replace_mixer(model, lambda layer, old: SoftmaxAttention(32, 4), [0])
+    first.restore()
+    assert not any(isinstance(module, HostedMixer) for module in model.modules())
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, embed_dim=48, num_heads=3)
+    for _ in range(2):
+        replace_mixer(vit, "identity")
+    assert vit(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+
+
 def test_a_cache_of_fixed_length_is_refused():
     model = decoder()
     with replace_mixer(model, ROPE), pytest.raises(ValueError, match="fresh DynamicCache"):
@@ -134,6 +244,10 @@ def test_grids_come_from_the_host():
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48, num_heads=3
     ).eval()
     images = torch.randn(2, 3, 32, 32)
+    siglip = SiglipVisionModel(SiglipVisionConfig(image_size=32, patch_size=8, **size)).eval()
+    with replace_mixer(siglip, "pool") as replaced:
+        assert (replaced.context.grid, replaced.context.prefix) == (Grid(4, 4), 0)
+        assert siglip(images).last_hidden_state.shape == (2, 16, 32)
     for model in (vit, deit):
         before = model(images)
         with replace_mixer(model, "softmax_attention(num_heads=4)", [0]) as replaced:
@@ -150,6 +264,8 @@ def test_what_does_not_fit_is_refused_and_nothing_changes():
     model = decoder()
     with pytest.raises(ValueError, match="layers 0 to 2"):
         replace_mixer(model, ROPE, [3])
+    with pytest.raises(ValueError, match="replaced once"):
+        replace_mixer(model, ROPE, [0, -3])
     with pytest.raises(ValueError, match="unknown mixer"):
         replace_mixer(model, "identity, nonsense")
     with pytest.raises(ValueError, match="sees later tokens"):

@@ -5,15 +5,20 @@ import timm
 import torch
 from torch.nn import functional as F
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.masking_utils import flash_attention_mask
 
 from cenote.backbones.tiny_vit import TinyViT, TinyViTConfig
 from cenote.integrations.attention_capture import AttentionCapture
@@ -194,6 +199,38 @@ def test_masks_and_shared_keys_of_a_decoder_are_seen():
         model(ids, attention_mask=mask)
         torch.testing.assert_close(seen.layers[0].mean(dim=1)[1, 3:], mean[1, 3:])
         torch.testing.assert_close(seen.layers[0].mean(dim=1)[0], mean[0])
+
+
+@pytest.mark.parametrize("tokens", [9, 70])
+def test_causality_that_the_host_leaves_to_its_kernel_is_seen(tokens):
+    """Without padding transformers passes no mask to a fused kernel, which hides later tokens by itself."""
+    config = LlamaConfig(vocab_size=30, max_position_embeddings=80, initializer_range=0.3, **SMALL)
+    model, ids = LlamaForCausalLM(config).eval(), torch.randint(30, (2, tokens))
+    with AttentionCapture(model) as seen:
+        model(ids)
+        means, streamed = [head_mean_map(layer) for layer in seen.layers], seen.loss(1.1)
+    with AttentionCapture(model, "maps") as seen:
+        model(ids)
+        for ours, maps in zip(means, seen.layers, strict=True):
+            torch.testing.assert_close(ours, maps.mean(dim=1))
+        torch.testing.assert_close(seen.loss(1.1), streamed)
+
+
+def test_what_changes_maps_beyond_queries_and_keys_is_refused():
+    options = {**SMALL, "head_dim": 8, "num_key_value_heads": 3, "vocab_size": 30, "max_position_embeddings": 16}
+    model, ids = Gemma2ForCausalLM(Gemma2Config(**options, attn_implementation="eager")).eval(), torch.ones(1, 5).long()
+    with AttentionCapture(model) as seen, pytest.raises(ValueError, match="depend on softcap beside queries"):
+        model(ids)
+    with AttentionCapture(model, "maps") as seen:
+        model(ids)
+        assert len(seen.layers) == 3
+    # As flash attention takes it: which tokens are real, (batch, tokens), the order left to the kernel.
+    AttentionMaskInterface.register("two_axes", flash_attention_mask)
+    AttentionInterface.register("two_axes", lambda *args, **kwargs: pytest.fail("never reached"))
+    flash = LlamaForCausalLM(LlamaConfig(**options)).eval()
+    flash.config._attn_implementation_internal = "two_axes"
+    with AttentionCapture(flash), pytest.raises(ValueError, match="depend on a mask in the form of two_axes"):
+        flash(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1]]))
 
 
 def test_positions_that_queries_and_keys_do_not_show_are_refused():

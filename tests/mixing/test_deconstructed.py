@@ -156,6 +156,17 @@ def test_static_maps_depend_on_the_embeddings_alone():
     torch.testing.assert_close(other, first.flip(0))
 
 
+def test_static_norm_makes_maps_blind_to_the_size_of_embeddings():
+    tokens, embeddings = torch.randn(2, 5, DIM), torch.randn(2, 5, DIM)
+    for static_norm in (False, True):
+        mixer = create_mixer("static_attention", dim=DIM, num_heads=HEADS, causal=True, static_norm=static_norm)
+        maps = [
+            mixer(tokens, None, MixerContext(embeddings=size * embeddings), return_weights=True)[1]
+            for size in (1.0, 9.0)
+        ]
+        assert torch.allclose(*maps, atol=1e-4) == static_norm
+
+
 def test_fixed_maps_depend_on_the_stream_alone_and_follow_it():
     mixer = create_mixer("fixed_attention", dim=DIM, num_heads=HEADS, causal=True, rope_theta=1e4)
     stream = torch.randn(1, 9, DIM)
@@ -269,6 +280,9 @@ def test_bad_input_is_refused():
         create_mixer("fixed_attention", dim=DIM)(tokens, None, MixerContext(stream=torch.randn(1, 4, DIM)))
     with pytest.raises(ValueError, match="expects a stream"):
         create_mixer("fixed_attention", dim=DIM)(tokens, None, MixerContext(stream=torch.randn(3, 5, DIM)))
+    behind = MixerContext(stream=torch.randn(1, 6, DIM), positions=torch.arange(2, 7).expand(2, -1))
+    with pytest.raises(ValueError, match="6 rows, but positions go from 2 to 6"):
+        create_mixer("fixed_attention", dim=DIM)(tokens, None, behind)
     with pytest.raises(ValueError, match="expects embeddings"):
         create_mixer("static_attention", dim=DIM)(tokens, None, MixerContext(embeddings=tokens[:, :4]))
     for name in ("fixed_attention", "static_attention", "taylor_attention", "key_softmax(bidirectional=True)"):

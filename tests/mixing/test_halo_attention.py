@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from jaxtyping import TypeCheckError
 from timm.layers.halo_attn import HaloAttn
 
 from cenote.mixing import MetaFormer, MixerContext, create_mixer
@@ -250,6 +251,9 @@ def test_bad_maps_are_refused():
         HaloAttention(16, stride=2, num_heads=2, avg_down=True).mix_map(
             torch.randn(1, 16, 8, 8), keep=torch.ones(1, 8, 8, dtype=torch.bool)
         )
+    for wrong in (torch.ones(1, 4, 8, dtype=torch.bool), torch.ones(1, 8, 8)):
+        with pytest.raises((ValueError, TypeCheckError)):
+            layer.mix_map(torch.randn(1, 16, 8, 8), keep=wrong)
     with pytest.raises(ValueError, match="every s-th cell"):
         halo_attention(*draw(4, 1, 8, 8)[:1], *draw(4, 1, 12, 8)[1:], block=4, halo=1)
 

@@ -3,9 +3,18 @@
 import pytest
 import torch
 
-from cenote.reproductions.halonet import scaling
+from cenote.reproductions.fitting import Labelled
+from cenote.reproductions.halonet import dots_findings, scaling
 from cenote.reproductions.halonet_exact import exact_findings
-from cenote.reproductions.halonet_worlds import conv_classifier, count, dots_network, fit, halo_classifier, two_dots
+from cenote.reproductions.halonet_worlds import (
+    conv_classifier,
+    count,
+    dots_network,
+    fit,
+    halo_classifier,
+    per_cent_right,
+    two_dots,
+)
 
 
 def test_exact_claims_hold():
@@ -33,11 +42,23 @@ def test_both_networks_have_about_the_same_parameters(block, halo, stride):
     assert count(conv_classifier(wanted, stride)) == pytest.approx(wanted, rel=0.04)
 
 
-def test_training_begins_to_learn():
-    train, _ = two_dots(640, 0)
-    model = fit(dots_network(2), train, steps=20, batch=32, lr=1e-2)
+def test_training_learns_which_images_are_bright():
+    targets = torch.randint(2, (640,))
+    images = torch.randn(640, 1, 12, 12) + targets[:, None, None, None]
+    train, test = Labelled(images[:512], targets[:512]), Labelled(images[512:], targets[512:])
+    model = fit(dots_network(2), train, steps=40, batch=32, lr=1e-2)
     assert not model.training
-    assert model(train.tokens[:3]).shape == (3, 2)
+    assert per_cent_right(model, test) > 95
+
+
+def test_a_seed_without_a_trained_comparison_shows_nothing():
+    two = {"all pairs": [95.0, 95.0, 80.5], "pairs across a border": [96.0] * 3, "pairs in one block": [94.0] * 3}
+    none = {"all pairs": [75.0, 50.0, 80.0], "pairs across a border": [60.0] * 3, "pairs in one block": [90, 50.0, 97]}
+    whole, across, inside, trained = dots_findings(two, none, "")
+    assert (whole.values, whole.passed) == ((20.0, 45.0, 0.5), (True, False, False))
+    assert across.passed == (True, False, True)
+    assert (inside.values, inside.passed) == ((4.0, 44.0, -3.0), (True, True, False))
+    assert trained.passed == (True, False, True)
 
 
 def test_scaling_is_reported_with_its_times():

@@ -1,11 +1,14 @@
 """The rules of fixed state as regressors and as layers: the grid, reductions, padding, states, bad input."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cenote.integrations import fla
 from cenote.mixing import create_mixer
+from cenote.mixing.registry import mixer_class
 from cenote.mixing.regressor import RULES, create_regressor, grid, rule_name
 from cenote.mixing.test_time_regression import TestTimeRegression
 from reference import recurrences
@@ -55,8 +58,20 @@ def test_every_rule_has_a_point_of_its_own_and_both_find_it():
 def test_an_unknown_combination_lists_the_grid():
     with pytest.raises(ValueError, match=r"optimiser='adam'.*decay, linear, sgd \(gated_delta\)"):
         TestTimeRegression(16, weights="decay", function="linear", optimiser="adam")
+    with pytest.raises(ValueError, match=r"weights='', function='affine'.*local, affine, exact \(local_linear\)"):
+        TestTimeRegression(16, function="affine", optimiser="exact")
     with pytest.raises(ValueError, match="did you mean gated_delta"):
         TestTimeRegression(16, rule="gated_deltas")
+
+
+def test_a_rule_is_given_once():
+    for call in (
+        lambda: TestTimeRegression(16, rule="nlms", weights="decay"),
+        lambda: mixer_class("delta_rule")(16, rule="nlms"),
+        lambda: mixer_class("delta_rule")(16, weights="decay"),
+    ):
+        with pytest.raises(ValueError, match="a rule is given once"):
+            call()
 
 
 def test_rules_are_their_definitions():
@@ -177,6 +192,7 @@ def test_bad_input_of_regressors():
         ({"gates": {**gates, "beta": 3 * torch.ones_like(gates["g"])}}, "expects beta from 0 to 2, got 3"),
         ({"state": (torch.full_like(state[0], torch.nan),)}, "NaN or infinity"),
         ({"state": (state[0][..., :-1],)}, "expects a state of shapes"),
+        ({"state": ()}, "expects a state of shapes"),
         ({"mask": right[:, :-1]}, r"a mask \(batch, 5\)"),
         ({"mask": holes}, "padding on the right only"),
     ):
@@ -195,6 +211,9 @@ def test_bad_settings():
         ("delta_rule(expand_v=0.3)", "whole"),
         ("delta_rule(num_updates=2)", "takes no option"),
         ("delta_rule(rule='nlms')", "takes no option"),
+        ("delta_rule(causal=False)", "takes no option"),
+        ("test_time_regression(num_updates=2)", "gated_delta takes no option"),
+        ("test_time_regression(rule='ridge', ridge=0.0)", "ridge must be above 0"),
         ("gated_delta_product(num_updates=0)", "num_updates must be at least 1"),
         ("mini_batch(batch_tokens=0)", "batch_tokens must be at least 1"),
         ("linear_attention(normalise=True)", "needs positive features"),
@@ -204,6 +223,36 @@ def test_bad_settings():
     ):
         with pytest.raises(ValueError, match=message):
             create_mixer(spec, dim=48)
+
+
+def test_the_general_mixer_takes_the_settings_of_its_rule():
+    general = create_mixer("test_time_regression(rule='gated_delta_product', num_updates=3)", dim=16)
+    assert general.regressor.pairs == 3
+    named = create_mixer("gated_delta_product(num_updates=3)", dim=16)
+    named.load_state_dict(general.state_dict())
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(general(x), named(x))
+
+
+@pytest.mark.parametrize("rule", [*LINEAR, "ridge", "local_linear", "ttt_mlp"])
+def test_packed_sequences_do_not_see_each_other(rule):
+    mixer = create_mixer(rule, dim=16, num_heads=2).double()
+    x, ends = torch.randn(12, 16, dtype=torch.float64), torch.tensor([0, 1, 5, 12])
+    alone = [mixer(x[None, begin:end])[0] for begin, end in pairwise(ends.tolist())]
+    torch.testing.assert_close(mixer.packed(x, ends), torch.cat(alone))
+    for wrong in ([0, 5], [1, 12], [0, 5, 5, 12], [0, 7, 5, 12], [0]):
+        with pytest.raises(ValueError, match="cu_seqlens grows from 0 to the 12 tokens"):
+            mixer.packed(x, torch.tensor(wrong))
+
+
+def test_a_state_of_another_batch_is_refused_by_the_layer():
+    mixer = create_mixer("gated_delta", dim=16)
+    x = torch.randn(3, 4, 16)
+    state = mixer.chunk(x)[1]
+    with pytest.raises(ValueError, match=r"continues from inputs \(1, 3, 16\), got \(3, 3, 16\)"):
+        mixer.chunk(x[:1], state)
+    with pytest.raises(ValueError, match="expects a state of"):
+        mixer.step(x[:1, 0], tuple(part[:1] for part in state[:3]) + state[3:])
 
 
 def test_padding_between_tokens_is_refused_by_the_layer():

@@ -93,6 +93,20 @@ def test_names_of_the_grid():
         rule_name(weights="local", function="mlp", optimiser="exact")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_states_that_do_not_fit_are_refused(name):
+    regressor, *given = make(name, {})
+    state = regressor.chunk(*given)[1]
+    broken = tuple(x.new_full(x.shape, torch.nan) if x.is_floating_point() else x for x in state)
+    for bad, message in (
+        (broken, "NaN or infinity"),
+        (state[:-1], "expects a state of shapes"),
+        (tuple(x[:1] for x in state), "expects a state of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            regressor.chunk(*given, bad)
+
+
 def test_lambda_is_learned():
     mixer = TestTimeRegression(8, num_heads=2, rule="ridge", ridge=0.5)
     mixer(torch.randn(2, 9, 8)).square().sum().backward()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from cenote.mixing import MetaFormer, MetaFormerBlock, MixerContext, create_mixer, expand_pattern, list_mixers
 from cenote.mixing.feed_forward import FeedForward
@@ -50,10 +51,17 @@ def test_names_and_options_are_checked():
         ("softmax_atention", {}, "did you mean softmax_attention"),
         ("softmax_attention", {"heads": 2}, r"takes no option\(s\) heads"),
         ("softmax_attention(heads=2)", {}, r"takes no option\(s\) heads"),
+        ("softmax_attention(dim=4)", {}, r"takes no option\(s\) dim"),
         ("identity(", {}, "cannot read"),
+        ("pool(**{'pool_size': 5})", {}, "cannot read"),
     ):
         with pytest.raises(ValueError, match=message):
             create_mixer(spec, dim=8, **options)
+
+
+def test_an_unknown_feed_forward_is_refused():
+    with pytest.raises((ValueError, TypeCheckError), match="geglu"):
+        FeedForward(6, 10, "geglu")
 
 
 def test_block_is_its_formula():
@@ -101,7 +109,8 @@ def test_stack_steps_through_a_hybrid():
     first, states = stack.chunk(x[:, :4])
     parts = [first]
     for t in range(4, 9):
-        step, states = stack.step(x[:, t], states)
+        told = MixerContext(positions=torch.full((2, 1), t)) if t % 2 else None  # what it works out by itself
+        step, states = stack.step(x[:, t], states, told)
         parts.append(step[:, None])
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 

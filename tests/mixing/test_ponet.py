@@ -76,6 +76,18 @@ def test_padding_changes_nothing(side):
     assert not out[~mask].any()
 
 
+def test_special_tokens_of_padding_cut_no_segment():
+    """Also in the middle of a row, where a separator would part what stands on its sides."""
+    mix = PoNet(DIM, HEADS)
+    x, mask = torch.randn(1, 7, DIM), torch.tensor([[True, True, True, False, True, True, True]])
+    special = torch.tensor([[1, 0, 0, 0, 0, 0, 1]], dtype=torch.bool)
+    marked = special | ~mask
+    out, again = (mix(x, mask, MixerContext(special_mask=each)) for each in (special, marked))
+    assert torch.equal(out, again)
+    segment = mix.pools(x, mask, MixerContext(special_mask=marked)).segment
+    assert torch.equal(segment[:, 2], segment[:, 4])
+
+
 def test_a_real_token_between_padding_sees_itself():
     mix = PoNet(DIM, HEADS, leak_guard=False)
     x, mask = 50 * torch.randn(1, 3, DIM), torch.tensor([[False, True, False]])

@@ -166,8 +166,12 @@ def test_bad_input_is_refused():
         RandomFeatureAttentionLayer(4, 0)
     with pytest.raises(ValueError, match="activation"):
         RandomFeatureAttentionLayer(4, 2, activation="tanh")
-    with pytest.raises(ValueError, match="not negative"):
-        layer.fit(query, keys, torch.zeros(12).double(), penalty=-1.0)
+    for penalty in (-1.0, float("nan"), [0.1, -1.0], []):
+        with pytest.raises(ValueError, match="not negative"):
+            layer.fit(query, keys, torch.zeros(12).double(), penalty=penalty)
+    for others in ((query, None), (None, keys), (query, keys[:3]), (query[:, :2], keys[..., :2])):
+        with pytest.raises(ValueError, match=r"both or neither|expected query|dim=4"):
+            layer.kernel(query, keys, *others)
     with pytest.raises(ValueError, match="not finite"):
         layer.fit(query, keys, torch.full((12,), float("inf")).double())
     for other in (

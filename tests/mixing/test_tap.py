@@ -158,6 +158,15 @@ def test_masked_cells_are_as_if_the_map_ended():
             torch.testing.assert_close(tap.state_dict()[name], value)
 
 
+def test_synchronised_batch_norm_takes_masks_too():
+    tap = randomise(TokenAwarePooling(6, 3))
+    x, mask = torch.randn(2, 63, 6), (torch.arange(63) < 54).expand(2, -1)
+    expected = tap(x, GRID, mask)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(tap)
+    assert isinstance(synchronised.proj[1], nn.SyncBatchNorm)
+    torch.testing.assert_close(synchronised(x, GRID, mask), expected)
+
+
 @pytest.mark.parametrize("block_class", [RVTBlock, FANBlock])
 def test_blocks_take_grids_that_are_not_square(block_class):
     block = randomise(block_class(12, 3, num_scales=3))
@@ -217,7 +226,7 @@ def test_bad_input():
         TokenAwarePooling(8, temperature=0)
     with pytest.raises(ValueError, match="grid of 7 x 9 needs 63 tokens, got 64"):
         TokenAwarePooling(8).eval()(torch.randn(1, 64, 8), GRID)
-    with pytest.warns(UserWarning, match="grid of 3 x 9 cells.*dilation 3"):
+    with pytest.warns(UserWarning, match="grid of 3 x 9 cells no neighbour at dilation 3 lies inside along"):
         TokenAwarePooling(8).eval()(torch.randn(1, 27, 8), Grid(3, 9))
     with pytest.raises(ValueError, match="needs the grid"):
         TAPBlock(SoftmaxAttention(8)).eval()(torch.randn(1, 9, 8))

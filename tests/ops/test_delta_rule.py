@@ -84,6 +84,15 @@ def test_a_full_reset_forgets_everything_and_breaks_nothing():
     assert float(state.grad[..., 0].abs().max()) > 0
 
 
+def test_many_resets_keep_the_precision_of_float32():
+    q, k, v, state = (x.float() for x in numbers(64))
+    beta, g = steps(64).float(), log_decay(64, 0.1).float()
+    g[:, :, :26] = -torch.inf
+    out, after = chunk_delta_rule(q, k, v, beta, g, state, chunk_size=32)
+    exact = recurrences.delta(*(x.double() for x in (q, k, v, beta, g, state)))
+    torch.testing.assert_close((out.double(), after.double()), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_strong_decays_in_float32():
     q, k, v, state = (x.float() for x in numbers(128))
     beta, g = steps(128).float(), log_decay(128, 40.0).float()

@@ -82,6 +82,17 @@ def test_a_full_reset_forgets_everything_and_breaks_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ["head", "feature"])
+def test_many_resets_and_strong_decays_keep_the_precision_of_float32(kind):
+    q, k, v, state = (x.float() for x in numbers(200))
+    g = decays(kind, 200).float()
+    g[:, :, :40] = -torch.inf
+    g[:, :, ::3], g[:, :, 2::5] = -torch.inf, -60.0
+    out, after = chunked(kind)(q, k, v, g, state)
+    exact = recurrences.linear(*(x.double() for x in (q, k, v, g, state)))
+    torch.testing.assert_close((out.double(), after.double()), exact, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["head", "feature"])
 def test_strong_decays_do_not_overflow_in_float32(kind):
     q, k, v, state = (x.float() for x in numbers(64))
     g = 10 * decays(kind, 64).float() - 20

@@ -51,6 +51,24 @@ def test_compiled_in_one_graph_equals_eager(spec):
 
 
 @every_mixer
+def test_compiled_gradients_equal_eager(spec):
+    mixer, tokens, mask = build(spec)
+    torch.compiler.reset()
+    alone = Alone(mixer, context_for(mixer, tokens, mask))
+    inputs = [tokens.requires_grad_(), *(p for p in mixer.parameters() if p.requires_grad)]
+
+    def gradients(call):
+        return torch.autograd.grad(call(tokens, mask).sin().sum(), inputs, allow_unused=True)
+
+    compiled = torch.compile(alone, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(gradients(compiled), gradients(alone), strict=True):
+        if theirs is None:
+            assert ours is None
+        else:
+            close(ours, theirs)
+
+
+@every_mixer
 def test_exported_equals_eager(spec):
     mixer, tokens, mask = build(spec)
     alone = Alone(mixer, context_for(mixer, tokens, mask))

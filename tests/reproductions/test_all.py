@@ -8,7 +8,7 @@ import pytest
 
 from cenote import cli
 from cenote.catalog import SYSTEMS
-from cenote.reproductions import reproduce_all
+from cenote.reproductions import reproduce, reproduce_all
 from cenote.reproductions.base import Reproduction, finding
 
 
@@ -67,6 +67,10 @@ def test_it_goes_on_where_it_stopped_unless_the_settings_changed(fakes, tmp_path
     (tmp_path / "spp" / "results.json").write_text("[")
     reproduce_all(out=tmp_path, seeds=(0, 1), verbose=False)
     assert runs == {"ggem": 2, "spp": 3, "ponet": 3}
+    reproduce("ggem", quick=False, out=tmp_path / "ggem", seeds=(0, 1), verbose=False)  # into the same folder
+    assert runs == {"ggem": 3, "spp": 3, "ponet": 3}
+    reproduce_all(out=tmp_path, seeds=(0, 1), verbose=False)
+    assert runs == {"ggem": 4, "spp": 3, "ponet": 3}
 
 
 def test_command_line(fakes, tmp_path, capsys):

@@ -8,7 +8,7 @@ from cenote.reproductions.ponet import REPRODUCTION, accuracy_findings
 from cenote.reproductions.ponet_cost import DENSE_COST, PONET_COST, cost_findings, sentences
 from cenote.reproductions.ponet_exact import exact_findings
 from cenote.reproductions.ponet_figure import draw_ponet
-from cenote.reproductions.ponet_keyword import CLS, KEYWORDS, MODELS, NOT, SEP, FarKeyword, keyword_accuracy
+from cenote.reproductions.ponet_keyword import CLS, KEYWORDS, MODELS, NOT, RATES, SEP, FarKeyword, keyword_accuracies
 from cenote.reproductions.ponet_pretraining import OWN, TOPICS, WORDS, novels, pre_train, stories
 from cenote.reproductions.run import load_reproduction
 from cenote.worlds.base import IGNORE
@@ -45,7 +45,28 @@ def test_one_keyword_stands_far_from_the_class_token():
 
 
 def test_a_model_of_single_tokens_guesses():
-    assert abs(keyword_accuracy(MODELS["feed-forward only"], 0, 20) - 25) < 4
+    (first, second), rate = keyword_accuracies(MODELS["feed-forward only"], (0, 1), 20)
+    assert abs(first - 25) < 4
+    assert abs(second - 25) < 4
+    assert rate in RATES
+
+
+def test_the_rate_is_chosen_once_and_on_other_texts(monkeypatch):
+    trained, judged = [], []
+
+    def train(mixer, seed, steps, lr):
+        trained.append((seed, lr))
+        return lr
+
+    def accuracy(lr, world, items, seed=1_000_000):
+        judged.append(seed)
+        return 0.9 if (lr == RATES[1]) == (seed == 2_000_000) else 0.4
+
+    monkeypatch.setattr("cenote.reproductions.ponet_keyword.train_keyword", train)
+    monkeypatch.setattr("cenote.reproductions.ponet_keyword.sequence_accuracy", accuracy)
+    assert keyword_accuracies("ponet", (5, 6, 7), 1) == ([40.0] * 3, RATES[1])
+    assert trained == [(5, RATES[0]), (5, RATES[1]), (6, RATES[1]), (7, RATES[1])]
+    assert judged.count(2_000_000) == 2
 
 
 def test_stories_have_a_topic_and_stages_in_order():
@@ -68,14 +89,14 @@ def test_novels_become_paragraphs(tmp_path):
     documents, vocabulary = novels(tmp_path, most=3)
     assert vocabulary == WORDS + 3
     assert [len(document) for document in documents] == [5]
-    assert documents[0][0] == [5, 6, 4, 4, 4, 7] or len(documents[0][0]) == 6
+    # "a", "the" and "mat" stand there three times each and are 5, 6 and 7; every other word is 4.
+    assert documents[0] == [[5, 4, 4, 4, 6, 7], [6, 4, 4], [4, 4], [6, 7, 4, 5, 7], [5, 4, 4, 4]]
 
 
 def test_pre_training_runs_and_compares_with_frequencies():
     found = pre_train(*stories(200, 0), seed=0, steps=60)
     assert 3.8 < found.unigram < 4.3  # 66 words, not all alike: at most ln 66 = 4.19 and a little for the test
-    assert found.words < found.unigram + 0.2
-    assert 0 <= found.structure <= 100
+    assert found.words < found.unigram
 
 
 def test_findings_take_leads_seed_by_seed():

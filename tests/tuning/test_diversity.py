@@ -73,6 +73,20 @@ def test_training_is_seeded_takes_tap_and_augments(tmp_path):
     assert run.frame()["epoch"].tolist() == [1, 2]
 
 
+def test_the_augmented_view_comes_beside_the_images_as_they_are():
+    images, labels = data(32)
+    model, shown = Classifier(), []
+    model.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
+    settings = DiversitySettings(weight=0, epochs=1, batch_size=16, lr=0, weight_decay=0, patch_size=2)
+    run = train_diverse(model, images, labels, settings)
+    assert len(shown) == 4
+    assert not torch.equal(shown[0], shown[1])
+    plain = torch.cat(shown[1::2])
+    assert torch.equal(plain.flatten(1).sum(dim=1).sort().values, images.flatten(1).sum(dim=1).sort().values)
+    with torch.no_grad():
+        assert run.epochs[0].task == pytest.approx(nn.functional.cross_entropy(model(images), labels).item(), rel=1e-5)
+
+
 def test_bad_input():
     images, labels = data(4)
     with pytest.raises(ValueError, match="as many images as labels"):

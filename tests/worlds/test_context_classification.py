@@ -155,3 +155,8 @@ def test_a_loader_reads_the_stream():
 def test_bad_input(settings, words):
     with pytest.raises(ValueError, match=words):
         replace(SMALL, **settings)
+
+
+def test_a_class_that_is_nearly_always_drawn_cannot_be_kept_out():
+    with pytest.raises(ValueError, match="too rare"):
+        replace(SMALL, zipf=60.0).in_weights().sample(50, 0)

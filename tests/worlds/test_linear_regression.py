@@ -36,6 +36,16 @@ def test_prompts_are_regressions_with_the_stated_noise():
     assert beta.square().mean().item() == pytest.approx(1 / 4, rel=0.1)
 
 
+def test_without_noise_the_best_predictor_is_the_smallest_fit_even_of_few_pairs():
+    world = LinearRegression(features=6, length=9, noise=0.0, min_length=2)
+    prompts = double(world.sample(200, 0))
+    best = world.best(prompts)
+    torch.testing.assert_close(best, ridge(prompts, 1e-9), rtol=1e-4, atol=1e-5)
+    enough = prompts.mask.sum(dim=1) >= 6
+    assert 0 < int(enough.sum()) < 200
+    torch.testing.assert_close(best[enough], prompts.target[enough], rtol=1e-3, atol=1e-3)
+
+
 def test_inputs_have_the_stated_covariance():
     x = LinearRegression(features=3, length=50, covariance=COVARIANCE).sample(4000, 0).x.flatten(0, 1)
     torch.testing.assert_close(x.T.cov(), torch.tensor(COVARIANCE), atol=0.02, rtol=0)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from cenote.ops.circuits import HeadCircuits, split_heads
 
 SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
-FUSED = ("qkv", "c_attn", "qkv_proj", "query_key_value", "Wqkv")
+FUSED = ("qkv", "c_attn", "qkv_proj", "Wqkv")
+INTERLEAVED = "query_key_value"
+"""Fused projections of GPT-NeoX, Falcon and BLOOM, whose rows go head by head."""
 OUTPUT = ("o_proj", "out_proj", "proj", "c_proj", "out_lin", "dense", "o", "Wo")
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
 
@@ -26,8 +28,8 @@ def attention_circuits(
 
     Read are separate projections (Llama-, Qwen-, ViT-, CLIP-, BERT-type modules), fused ones with all queries in front
     (timm, GPT-2, this library, ``nn.MultiheadAttention``), under the names in common use. Where the module (or its
-    ``config``) does not say how many heads there are, the caller must. Fused rows that interleave heads (GPT-NeoX)
-    are not recognised as such: split those by hand and call :func:`split_heads`.
+    ``config``) does not say how many heads there are, the caller must. Fused rows that interleave heads (GPT-NeoX,
+    Falcon, BLOOM) are refused: split those by hand and call :func:`split_heads`.
 
     Raises:
         ValueError: no such projections, an unknown number of heads, or widths that the heads do not divide.
@@ -53,6 +55,10 @@ def _projections(inner: nn.Module, heads: int, shared: int | None, output_width:
         if all(isinstance(getattr(inner, name, None), nn.Module) for name in names):
             query, key, value = (_weight(getattr(inner, name)) for name in names)
             return query, key, value
+    if isinstance(getattr(inner, INTERLEAVED, None), nn.Module):
+        raise ValueError(
+            f"the rows of {type(inner).__name__}.{INTERLEAVED} interleave heads: call split_heads yourself"
+        )
     fused = next((_weight(getattr(inner, n)) for n in FUSED if isinstance(getattr(inner, n, None), nn.Module)), None)
     stored = getattr(inner, "in_proj_weight", None)  # nn.MultiheadAttention
     if fused is None and isinstance(stored, Tensor):

@@ -105,7 +105,7 @@ def measure_robustness(
 ) -> Robustness:
     """Errors on clean and on corrupted images.
 
-    A corruption at a severity is drawn once a batch from the same seed, so that every model sees the same pictures.
+    What is drawn depends on ``seed`` and the place of a batch alone, so that every model sees the same pictures.
 
     Args:
         model: images to logits ``(batch, classes)`` (or an output with ``logits``); a module is put into eval mode

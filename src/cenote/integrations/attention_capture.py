@@ -15,6 +15,8 @@ from cenote.ops.attention_diversity import QueryKey, attention_diversification_l
 
 Keep = Literal["query_key", "maps"]
 _NAME = "cenote_attention_capture"
+_BEYOND = ("position_bias", "softcap", "s_aux")
+"""What else transformers' attention functions take that changes a map."""
 _LISTENERS: dict[int, Callable[..., Any]] = {}
 """What attention calls through transformers' interface go to, by ``id`` of the attention's configuration."""
 _MASKS: dict[int, Callable[..., Any]] = {}
@@ -43,7 +45,8 @@ class AttentionCapture:
         layers: what was kept, in the order of the layers. Each forward pass of the whole model begins anew.
 
     Raises:
-        ValueError: no attention that it knows, or maps asked of one that never makes them.
+        ValueError: no attention that it knows, maps asked of one that never makes them, or queries and keys of one
+            whose maps depend on more.
     """
 
     def __init__(self, model: nn.Module, keep: Keep = "query_key") -> None:
@@ -178,18 +181,32 @@ def _transformers(capture: AttentionCapture, undo: ExitStack) -> None:
             if eager is None and inner == "eager":
                 raise ValueError(f"{type(module).__name__} has no eager attention")
             run: Any = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)  # type: ignore[arg-type]
-            output, weights = run(module, query, key, value, mask, **kw)
             if capture.keep == "maps":
+                output, weights = run(module, query, key, value, mask, **kw)
                 capture.layers.append(weights)
-            else:
-                groups = query.shape[1] // key.shape[1]
-                bias = mask
-                if mask is not None and mask.dtype == torch.bool:
-                    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-                capture.layers.append(QueryKey(query, key.repeat_interleave(groups, 1), kw.get("scaling"), bias))
-            return output, weights
+                return output, weights
+            bias, groups = _bias(module, query, mask, inner, kw), query.shape[1] // key.shape[1]
+            capture.layers.append(QueryKey(query, key.repeat_interleave(groups, 1), kw.get("scaling"), bias))
+            return run(module, query, key, value, mask, **kw)
 
         _LISTENERS[number] = listen
+
+
+def _bias(module: Any, query: Tensor, mask: Any, inner: str, settings: dict[str, Any]) -> Tensor | None:
+    """What an attention function of transformers adds to the logits, explicitly or in its kernel."""
+    unseen = [name for name in _BEYOND if settings.get(name) is not None]
+    if mask is not None and getattr(mask, "ndim", None) != 4:
+        unseen.append(f"a mask in the form of {inner}")
+    if unseen:
+        kind = type(module).__name__
+        raise ValueError(f"the maps of {kind} depend on {unseen[0]} beside queries and keys: ask for keep='maps'")
+    asked = settings.get("is_causal")
+    causal = getattr(module, "is_causal", True) if asked is None else asked
+    if mask is None and causal and inner != "eager":  # a fused kernel without mask hides later tokens by itself
+        mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
 def _dispatch(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -50,7 +50,9 @@ class DeconstructedQwen2ForCausalLM(DeconstructedQwen2PreTrainedModel, Generatio
 
     Raises:
         ValueError: left padding or more tokens than ``fixed_rows`` with fixed variants; maps asked of the linear form
-            of ``"approximate"`` or, behind a past, of a recurrent variant; a cache of another kind that is not empty.
+            of ``"approximate"`` or, behind a past, of a recurrent variant; a cache that is not empty and of another
+            kind or from a run through other layers; packed sequences (positions that begin anew) with variants that
+            cannot keep them apart.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

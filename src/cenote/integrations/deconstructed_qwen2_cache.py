@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -98,6 +98,14 @@ class DeconstructedCache(Cache):
         if variant in FIXED:
             return ValueLayer()
         return DynamicLayer() if variant in ("standard", "static") else StateLayer()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far, whichever layer is asked: the first may have been left out of the run."""
+        return max(Cache.get_seq_length(self, index) for index in range(len(self.layers)))
+
+    def is_complete(self, layers: Iterable[int]) -> bool:
+        """Whether each of these layers has seen all tokens so far."""
+        return all(Cache.get_seq_length(self, index) == self.get_seq_length() for index in layers)
 
     def extend(self, values: Tensor, layer_idx: int) -> Tensor:
         """Add the values of new tokens to a layer of fixed maps; gives all so far."""

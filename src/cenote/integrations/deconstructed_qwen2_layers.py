@@ -23,7 +23,8 @@ from cenote.integrations.deconstructed_qwen2_cache import DeconstructedCache
 from cenote.integrations.deconstructed_qwen2_config import FIXED, DeconstructedQwen2Config
 from cenote.ops.key_softmax import key_logits, key_softmax_chunk, key_softmax_weights
 from cenote.ops.masked import widen
-from cenote.ops.taylor_attention import taylor_attention_chunk, taylor_attention_weights
+from cenote.ops.precision import full_precision
+from cenote.ops.taylor_attention import taylor_attention_chunk, taylor_attention_map
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,9 @@ class DeconstructedAttention(nn.Module):
                 run.past.advance(after, value.shape[2], self.layer_idx)
         weights = None
         if not self.config.taylor_linear and state is None:
-            weights = taylor_attention_weights(query, key, run.real, form=form)
-            total = weights.sum(dim=-1, keepdim=True)  # 0 for padding on the left, which sees nothing real
-            weights = weights / total.masked_fill(total == 0, 1.0)
-            mixed = (weights @ widen(value)).to(value.dtype)
+            weights = taylor_attention_map(query, key, run.real, form=form)
+            with full_precision(value):
+                mixed = (weights @ widen(value)).to(value.dtype)
         return mixed.transpose(1, 2), weights
 
 

@@ -18,7 +18,13 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEm
 from cenote.integrations.deconstructed_qwen2_cache import DeconstructedCache
 from cenote.integrations.deconstructed_qwen2_config import FIXED, DeconstructedQwen2Config
 from cenote.integrations.deconstructed_qwen2_layers import DeconstructedQwen2Layer, Pass
-from cenote.integrations.deconstructed_qwen2_streams import MapCache, check_fixed_ids, check_fixed_input, stream_maps
+from cenote.integrations.deconstructed_qwen2_streams import (
+    MapCache,
+    check_fixed_ids,
+    check_fixed_input,
+    check_packing,
+    stream_maps,
+)
 
 
 class DeconstructedQwen2PreTrainedModel(PreTrainedModel):
@@ -95,8 +101,9 @@ class DeconstructedQwen2Model(DeconstructedQwen2PreTrainedModel):
         )
         past = self._past(past_key_values, cached)
         seen = 0 if past is None else past.get_seq_length()
-        run, total = self._run(hidden, attention_mask, position_ids, past, weights), seen + hidden.shape[1]
         layers = self._active()
+        run = self._run(layers, hidden, attention_mask, position_ids, past, weights)
+        total = seen + hidden.shape[1]
         if weights:
             self._check_maps(layers, seen)
         maps = self._fixed_maps(layers, total, attention_mask)
@@ -131,6 +138,7 @@ class DeconstructedQwen2Model(DeconstructedQwen2PreTrainedModel):
 
     def _run(
         self,
+        layers: list[DeconstructedQwen2Layer],
         hidden: Tensor,
         mask: Tensor | None,
         position_ids: Tensor | None,
@@ -144,13 +152,17 @@ class DeconstructedQwen2Model(DeconstructedQwen2PreTrainedModel):
                 f"attention_mask must be (batch, tokens) = {(len(hidden), seen + tokens)} with the past counted in, "
                 f"got {tuple(mask.shape)}"
             )
+        if past is not None and not past.is_complete(layer.layer_idx for layer in layers):
+            raise ValueError("past_key_values comes from a run through other layers: begin with a fresh cache")
         if position_ids is None:
             position_ids = torch.arange(seen, seen + tokens, device=hidden.device)[None]
+        elif mask is None and past is None:
+            check_packing(position_ids, self.config.variants)
         prepared = None
         if {"standard", "static"} & set(self.config.variants):
             prepared = create_causal_mask(
                 config=self.config, inputs_embeds=hidden, attention_mask=mask, past_key_values=past,
-                position_ids=position_ids, layer_idx=0, allow_is_causal_skip=not weights,
+                position_ids=position_ids, layer_idx=layers[0].layer_idx, allow_is_causal_skip=not weights,
             )  # fmt: skip
         real = None if mask is None else mask[:, seen:].bool()
         return Pass(self.rotary_emb(hidden, position_ids), prepared, real, past, hidden, weights)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cenote.integrations.deconstructed_qwen2_config import FIXED
 from cenote.integrations.deconstructed_qwen2_layers import DeconstructedQwen2Layer, Pass
+from cenote.ops.precision import autocast_dtype
 
 Rotation = tuple[Tensor, Tensor]
 Marks = tuple[tuple[weakref.ref[Tensor], int, int], ...]
@@ -40,7 +41,8 @@ class MapCache:
     A change is noticed where torch notices it: optimiser steps, ``load_state_dict``, ``copy_`` and other in-place
     operations, a new tensor in a parameter's place. Writing into ``parameter.data`` in place goes unnoticed (as some
     adapter libraries do when they merge): call :meth:`drop` after it. The map of a short sequence is the leading block
-    of the map of a longer one, so one set of maps serves all lengths; it at least doubles when it has to grow.
+    of the map of a longer one, so one set of maps serves all lengths; it at least doubles when it has to grow. Maps
+    made under autocast serve only there. Of weights made in inference mode torch counts no changes: nothing is kept.
     """
 
     def __init__(self) -> None:
@@ -51,6 +53,7 @@ class MapCache:
         self.rows = 0
         self._maps: list[Tensor | None] = []
         self._marks: Marks = ()
+        self._precision: torch.dtype | None = None
 
     def __deepcopy__(self, memo: dict) -> MapCache:
         return MapCache()  # a copy has weights of its own
@@ -63,12 +66,15 @@ class MapCache:
     ) -> list[Tensor | None]:
         """Maps for ``rows`` positions, each ``(1, heads, rows, rows)``, computed for more of at most ``most``."""
         tensors = [*owner.parameters(), *owner.buffers()]
+        if any(x.is_inference() for x in tensors):
+            return compute(rows)
         marks = tuple((weakref.ref(x), x._version, x.data_ptr()) for x in tensors)
-        if not self._same(marks):
+        precision = autocast_dtype(tensors[0])
+        if precision != self._precision or not self._same(marks):
             self.drop()
         if rows > self.rows:
             self.rows = min(most, max(rows, 2 * self.rows))
-            self._maps, self._marks = compute(self.rows), marks
+            self._maps, self._marks, self._precision = compute(self.rows), marks, precision
         return [None if one is None else one[..., :rows, :rows] for one in self._maps]
 
     def _same(self, marks: Marks) -> bool:
@@ -90,6 +96,17 @@ def check_fixed_input(rows: int, available: int, mask: Tensor | None) -> None:
             "fixed maps belong to positions: pad on the right, so that each sequence starts at position 0, "
             "and continue only sequences without padding"
         )
+
+
+def check_packing(position_ids: Tensor, variants: list[str]) -> None:
+    """Raise ``ValueError`` for several sequences in one row where a layer would mix them.
+
+    Without mask and cache the host reads a sequence's start from its positions; attention masks keep sequences apart,
+    running sums and maps of their own do not.
+    """
+    mixing = sorted(set(variants) - {"standard", "static", "mlp"})
+    if mixing and not torch.compiler.is_compiling() and bool((position_ids.diff(dim=1) != 1).any()):
+        raise ValueError(f"{', '.join(mixing)} cannot keep packed sequences apart: give each a row of its own")
 
 
 def check_fixed_ids(ids: Tensor) -> None:

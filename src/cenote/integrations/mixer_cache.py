@@ -84,7 +84,8 @@ def mixer_layer(cache: Cache, index: int) -> MixerCacheLayer:
     layer = cache.layers[index]
     if isinstance(layer, MixerCacheLayer):
         return layer
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
+    known = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    if not (known and isinstance(layer, DynamicLayer)) or layer.get_seq_length():
         raise ValueError(
             f"layer {index} of the cache is a used layer or a {type(layer).__name__}: mixers need a fresh DynamicCache"
         )
@@ -100,6 +101,7 @@ def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
 
     Raises:
         TypeError: a block mask, whose entries cannot be read back.
+        ValueError: a mask of another rank, such as that of shifted windows.
     """
     if attention_mask is None:
         return None
@@ -112,6 +114,8 @@ def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
     if seen.ndim == 4:
         queries, keys = seen.shape[2:]
         seen = seen[:, 0, 0] if queries == 1 else seen[:, 0].diagonal(keys - queries, dim1=1, dim2=2)
+    if seen.ndim != 2:
+        raise ValueError(f"cannot read padding from an attention mask of shape {tuple(attention_mask.shape)}")
     if seen.is_floating_point():
         seen = seen > torch.finfo(seen.dtype).min / 2
     seen = seen.bool()[:, -tokens:]

@@ -7,6 +7,7 @@ Sequences" (arXiv 2110.02442).
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,16 +47,40 @@ _TIED = {
 }
 
 
-def _takes_encoder_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Names the encoder's inputs in the signature in place of ``**inputs``: transformers' Trainer reads it to see which
-    columns of a data set a model takes."""
-    own = inspect.signature(forward).parameters
-    encoder = inspect.signature(PoNetModel.forward).parameters
-    named = {**own, **{name: encoder[name] for name in encoder if name not in own}}
-    del named["inputs"]
-    parameters = [each.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in named.values()]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+def _head(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` of a head, made of what it does with the encoder's output and its labels.
+
+    The signature names all inputs: transformers' Trainer reads there which columns of a data set a model takes.
+    """
+    encoder = list(inspect.signature(PoNetModel.forward).parameters.values())
+    labels = list(inspect.signature(answer).parameters.values())[2:]
+    names = [each.name for each in labels]
+
+    @functools.wraps(answer)
+    def forward(
+        self: _Head,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> Any:
+        own = {name: inputs.pop(name) for name in names if name in inputs}
+        read = self._read(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        return finish(self, answer(self, read, **own), return_dict)
+
+    named = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*encoder[3:], *labels)]
+    forward.__signature__ = inspect.Signature([*encoder[:3], *named])  # type: ignore[attr-defined]
     return forward
+
+
+class _Head(PoNetPreTrainedModel):
+    """What reads the encoder's output."""
+
+    ponet: PoNetModel
+
+    def _read(self, **inputs: Any) -> Any:
+        return self.ponet(return_dict=True, **inputs)
 
 
 @dataclass
@@ -69,7 +94,7 @@ class PoNetForPreTrainingOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class _LanguageModel(PoNetPreTrainedModel):
+class _LanguageModel(_Head):
     """What has a word for every token."""
 
     _tied_weights_keys = _TIED
@@ -98,17 +123,9 @@ class PoNetForPreTraining(_LanguageModel):
         self.cls.seq_relationship = nn.Linear(config.hidden_size, config.num_segment_labels)
         self.post_init()
 
-    @_takes_encoder_inputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        next_sentence_label: Tensor | None = None,
-        return_dict: bool | None = None,
-        **inputs: Any,
-    ) -> Any:
+    @_head
+    def forward(self, read: Any, labels: Tensor | None = None, next_sentence_label: Tensor | None = None) -> Any:
         """``labels`` as of BERT, -100 where no token is asked for; other inputs as of :class:`PoNetModel`."""
-        read = self.ponet(input_ids, return_dict=True, **inputs)
         words, structure = self.cls(read.last_hidden_state, read.pooler_output)
         losses = []
         if labels is not None:
@@ -116,8 +133,7 @@ class PoNetForPreTraining(_LanguageModel):
         if next_sentence_label is not None:
             losses.append(F.cross_entropy(structure.float(), next_sentence_label.flatten()))
         loss = sum(losses[1:], losses[0]) if losses else None
-        out = PoNetForPreTrainingOutput(loss, words, structure, read.hidden_states, read.attentions)
-        return finish(self, out, return_dict)
+        return PoNetForPreTrainingOutput(loss, words, structure, read.hidden_states, read.attentions)
 
 
 class PoNetForMaskedLM(_LanguageModel):
@@ -129,23 +145,15 @@ class PoNetForMaskedLM(_LanguageModel):
         self.cls = BertOnlyMLMHead(config)
         self.post_init()
 
-    @_takes_encoder_inputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **inputs: Any,
-    ) -> Any:
+    @_head
+    def forward(self, read: Any, labels: Tensor | None = None) -> Any:
         """``labels`` as of BERT, -100 where no token is asked for; other inputs as of :class:`PoNetModel`."""
-        read = self.ponet(input_ids, return_dict=True, **inputs)
         words = self.cls(read.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(words.flatten(0, 1).float(), labels.flatten())
-        out = MaskedLMOutput(loss=loss, logits=words, hidden_states=read.hidden_states, attentions=read.attentions)
-        return finish(self, out, return_dict)
+        return MaskedLMOutput(loss=loss, logits=words, hidden_states=read.hidden_states, attentions=read.attentions)
 
 
-class _Classifier(PoNetPreTrainedModel):
+class _Classifier(_Head):
     """A dropout and a linear map behind the encoder."""
 
     pooled = True
@@ -163,20 +171,12 @@ class _Classifier(PoNetPreTrainedModel):
 class PoNetForSequenceClassification(_Classifier):
     """A class, several, or numbers for each text, from the pooled first token."""
 
-    @_takes_encoder_inputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **inputs: Any,
-    ) -> Any:
+    @_head
+    def forward(self, read: Any, labels: Tensor | None = None) -> Any:
         """``labels`` ``(batch,)`` or, for several answers, ``(batch, labels)``, by ``config.problem_type``."""
-        read = self.ponet(input_ids, return_dict=True, **inputs)
         logits = self.classifier(self.dropout(read.pooler_output))
         loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        out = SequenceClassifierOutput(loss, logits, read.hidden_states, read.attentions)
-        return finish(self, out, return_dict)
+        return SequenceClassifierOutput(loss, logits, read.hidden_states, read.attentions)
 
 
 class PoNetForTokenClassification(_Classifier):
@@ -184,19 +184,12 @@ class PoNetForTokenClassification(_Classifier):
 
     pooled = False
 
-    @_takes_encoder_inputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **inputs: Any,
-    ) -> Any:
+    @_head
+    def forward(self, read: Any, labels: Tensor | None = None) -> Any:
         """``labels`` ``(batch, tokens)``, -100 where none is asked for."""
-        read = self.ponet(input_ids, return_dict=True, **inputs)
         logits = self.classifier(self.dropout(read.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
-        return finish(self, TokenClassifierOutput(loss, logits, read.hidden_states, read.attentions), return_dict)
+        return TokenClassifierOutput(loss, logits, read.hidden_states, read.attentions)
 
 
 class PoNetForMultipleChoice(_Classifier):
@@ -205,28 +198,25 @@ class PoNetForMultipleChoice(_Classifier):
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__(config, answers=1)
 
-    @_takes_encoder_inputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **inputs: Any,
-    ) -> Any:
+    @_head
+    def forward(self, read: Any, labels: Tensor | None = None) -> Any:
         """``labels`` ``(batch,)``, the choice that is right."""
-        inputs = {"input_ids": input_ids, **inputs}
+        logits = self.classifier(self.dropout(read.pooler_output)).squeeze(-1)
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return MultipleChoiceModelOutput(loss, logits, read.hidden_states, read.attentions)
+
+    def _read(self, **inputs: Any) -> Any:
+        """Every choice as a text of its own; ``pooler_output`` is ``(batch, choices, dim)``."""
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         if not tensors:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         choices = next(iter(tensors.values())).shape[1]
-        inputs |= {name: value.flatten(0, 1) for name, value in tensors.items()}
-        read = self.ponet(return_dict=True, **inputs)
-        logits = self.classifier(self.dropout(read.pooler_output)).view(-1, choices)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return finish(self, MultipleChoiceModelOutput(loss, logits, read.hidden_states, read.attentions), return_dict)
+        read = super()._read(**inputs | {name: value.flatten(0, 1) for name, value in tensors.items()})
+        read.pooler_output = read.pooler_output.unflatten(0, (-1, choices))
+        return read
 
 
-class PoNetForQuestionAnswering(PoNetPreTrainedModel):
+class PoNetForQuestionAnswering(_Head):
     """First and last token of the answer."""
 
     def __init__(self, config: PoNetConfig) -> None:
@@ -236,23 +226,14 @@ class PoNetForQuestionAnswering(PoNetPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
-    @_takes_encoder_inputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        return_dict: bool | None = None,
-        **inputs: Any,
-    ) -> Any:
+    @_head
+    def forward(self, read: Any, start_positions: Tensor | None = None, end_positions: Tensor | None = None) -> Any:
         """Positions ``(batch,)``; one beyond the tokens counts as no answer and is not asked for."""
-        read = self.ponet(input_ids, return_dict=True, **inputs)
         start, end = self.qa_outputs(read.last_hidden_state).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start, end, start_positions, end_positions)
-        out = QuestionAnsweringModelOutput(loss, start, end, read.hidden_states, read.attentions)
-        return finish(self, out, return_dict)
+        return QuestionAnsweringModelOutput(loss, start, end, read.hidden_states, read.attentions)
 
 
 def _register() -> None:

@@ -106,8 +106,9 @@ class PoNetModel(PoNetPreTrainedModel):
     Head masks, cross-attention, caches and pruning, which the official code takes and ignores, are not taken.
 
     Raises:
-        ValueError: more tokens than positions; both or none of ``input_ids`` and ``inputs_embeds``; embeddings without
-            ``special_mask`` where it is needed; what :class:`cenote.mixing.ponet.PoNet` refuses.
+        ValueError: more tokens than positions; both or none of ``input_ids`` and ``inputs_embeds``; masks of another
+            shape; embeddings without ``special_mask`` where it is needed; what :class:`cenote.mixing.ponet.PoNet`
+            refuses.
     """
 
     def __init__(self, config: PoNetConfig, add_pooling_layer: bool = True) -> None:
@@ -160,8 +161,11 @@ class PoNetModel(PoNetPreTrainedModel):
         limit = self.config.max_position_embeddings
         if given.shape[1] > limit:
             raise ValueError(f"the model has {limit} positions, got {given.shape[1]} tokens")
+        for name, value in (("attention_mask", attention_mask), ("special_mask", special_mask)):
+            if value is not None and value.shape != given.shape[:2]:
+                raise ValueError(f"expected {name} of shape {tuple(given.shape[:2])}, got {tuple(value.shape)}")
         mask = None if attention_mask is None else attention_mask.bool()
-        context = self._context(input_ids, segment_ids, special_mask)
+        context = self._context(input_ids, segment_ids, special_mask, mask)
         if position_ids is None and mask is not None:
             position_ids = positions_of(mask)
         hidden = self.embeddings(
@@ -186,7 +190,11 @@ class PoNetModel(PoNetPreTrainedModel):
         return finish(self, out, return_dict)
 
     def _context(
-        self, input_ids: Tensor | None, segment_ids: Tensor | None, special_mask: Tensor | None
+        self,
+        input_ids: Tensor | None,
+        segment_ids: Tensor | None,
+        special_mask: Tensor | None,
+        mask: Tensor | None,
     ) -> MixerContext:
         if special_mask is not None:
             special_mask = special_mask.bool()
@@ -199,7 +207,7 @@ class PoNetModel(PoNetPreTrainedModel):
             )
         if segment_ids is None:
             assert special_mask is not None
-            segment_ids = segments_between(special_mask)
+            segment_ids = segments_between(special_mask if mask is None else special_mask & mask)
         return MixerContext(segment_ids=segment_ids, special_mask=special_mask)
 
 

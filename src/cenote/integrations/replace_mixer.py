@@ -15,6 +15,8 @@ from cenote.types import Grid
 
 _NAMES = ("self_attn", "attention", "attn", "self_attention")
 """What hosts call the self-attention of a block; where it holds a module ``self``, that is the attention proper."""
+_PREFIX_TOKENS = {"cls_token", "class_embedding", "distillation_token"}
+"""What transformers' vision models call the parameters that stand in front of the patches, one token each."""
 
 
 class HostedMixer(nn.Module):
@@ -25,14 +27,15 @@ class HostedMixer(nn.Module):
 
     Args:
         mixer: takes the place of the attention.
-        layer: number of the block, which is also its place in a cache.
+        layer: the attention's place in a cache.
         shared: the context of all replaced layers.
         pair: whether the host expects ``(output, weights)``.
+        causal: whether the host's own attention is causal.
     """
 
-    def __init__(self, mixer: Mixer, layer: int, shared: Replacement, pair: bool) -> None:
+    def __init__(self, mixer: Mixer, layer: int, shared: Replacement, pair: bool, causal: bool) -> None:
         super().__init__()
-        self.mixer, self.layer, self.pair = mixer, layer, pair
+        self.mixer, self.layer_idx, self.pair, self.is_causal = mixer, layer, pair, causal
         self._shared = [shared]  # in a list, so that the mixers of other layers do not become children
 
     def forward(
@@ -41,12 +44,16 @@ class HostedMixer(nn.Module):
         attention_mask: Tensor | None = None,
         *positional: Any,
         past_key_values: Any = None,
+        layer_past: Any = None,
         attn_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         **others: Any,
     ) -> Any:
-        mask = attention_mask if attention_mask is not None else attn_mask
+        # Every host has its own names for these two.
+        cache = past_key_values if past_key_values is not None else layer_past
+        mask = next((each for each in (attention_mask, attn_mask, mask) if each is not None), None)
         context = self._shared[0].context_of(hidden_states)
-        if past_key_values is None:
+        if cache is None:
             real = None
             if mask is not None:
                 from cenote.integrations.mixer_cache import real_tokens
@@ -54,7 +61,7 @@ class HostedMixer(nn.Module):
                 real = real_tokens(mask, hidden_states.shape[1])
             mixed = self.mixer(hidden_states, real, context)
         else:
-            mixed = self._continue(hidden_states, mask, past_key_values, context)
+            mixed = self._continue(hidden_states, mask, cache, context)
         return (mixed, None) if self.pair else mixed
 
     def _continue(self, hidden: Tensor, mask: Tensor | None, cache: Any, context: MixerContext) -> Tensor:
@@ -62,7 +69,7 @@ class HostedMixer(nn.Module):
 
         if not isinstance(self.mixer, RecurrentMixer):
             raise ValueError(f"{type(self.mixer).__name__} has no state to keep: call the host with use_cache=False")
-        place = mixer_layer(getattr(cache, "self_attention_cache", cache), self.layer)
+        place = mixer_layer(getattr(cache, "self_attention_cache", cache), self.layer_idx)
         mixed, state = self.mixer.chunk(hidden, place.state, real_tokens(mask, hidden.shape[1]), context)
         place.advance(state, hidden.shape[1])
         return mixed
@@ -104,11 +111,12 @@ class Replacement(AbstractContextManager["Replacement"]):
     def __exit__(self, *exception: object) -> None:
         self.restore()
 
-    def _keep_embeddings(self, first: nn.Module) -> None:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._embeddings = args[0] if args else kwargs["hidden_states"]
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles of the host take along: not the last call's embeddings, which hold its graph."""
+        return {**self.__dict__, "_embeddings": None}
 
-        self._hooks.append(first.register_forward_pre_hook(keep, with_kwargs=True))
+    def _keep_embeddings(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._embeddings = args[0] if args else kwargs["hidden_states"]
 
 
 def replace_mixer(
@@ -121,10 +129,11 @@ def replace_mixer(
 ) -> Replacement:
     """Swap the self-attention of chosen blocks for token mixers, in place.
 
-    Works for hosts whose blocks hold one self-attention on ``(batch, tokens, dim)``: Llama, Mistral, Qwen2, Qwen3 and
-    other decoders, BERT- and ViT-type encoders of transformers, vision transformers of timm. The new mixers start
-    from fresh weights on the host's device and in its dtype; ``generate`` works where they are recurrent. The result
-    is also a context manager that puts the old attention back at its end.
+    Works for hosts whose blocks hold one self-attention on ``(batch, tokens, dim)``: Llama, Mistral, Qwen2, Qwen3,
+    Gemma, GPT-2, GPT-NeoX and other decoders, BERT- and ViT-type encoders of transformers, vision transformers of timm.
+    The new mixers start from fresh weights on the host's device and in its dtype, and see the whole past where the host
+    sees a window of it; ``generate`` works where they are recurrent. The result is also a context manager that puts the
+    old attention back at its end.
 
     Args:
         model: the host.
@@ -135,14 +144,16 @@ def replace_mixer(
         options: for the mixers that take them, such as ``{"num_heads": 4}``. ``causal`` is offered to match the host.
 
     Raises:
-        ValueError: a host without such blocks, a layer that it does not have, a mixer that sees later tokens in a
-            causal host, or one that needs something that neither host nor context gives.
+        ValueError: a host without such blocks, a layer that it does not have or that is named twice, a mixer that sees
+            later tokens in a causal host, or one that needs something that neither host nor context gives.
     """
     blocks = attention_blocks(model)
     chosen = range(len(blocks)) if layers is None else [n + len(blocks) if n < 0 else n for n in layers]
     wrong = [n for n in chosen if not 0 <= n < len(blocks)]
     if wrong or not len(chosen):
         raise ValueError(f"the host has layers 0 to {len(blocks) - 1}, got {list(layers or [])}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"a layer is replaced once, got {list(layers or [])} of {len(blocks)} layers")
     found = context or MixerContext()
     if found.grid is None:
         grid, prefix = host_grid(model)
@@ -162,13 +173,15 @@ def replace_mixer(
         made.append((layer, parent, name, new))
     for layer, parent, name, new in made:  # nothing is changed before everything is known to fit
         old = getattr(parent, name)
-        like = next(old.parameters())
+        like = next(old.parameters(), next(model.parameters()))
         new.to(device=like.device, dtype=like.dtype).train(old.training)
         shared._before.append((parent, name, old))
         shared.mixers[layer] = new
-        setattr(parent, name, HostedMixer(new, layer, shared, pair=not type(old).__module__.startswith("timm.")))
+        setattr(parent, name, _hosted(new, old, layer, shared))
     if any("embeddings" in new.needs for new in shared.mixers.values()):
-        shared._keep_embeddings(blocks[0][0])
+        # A bound method, so that a copy of the host keeps its own embeddings.
+        hook = blocks[0][0].register_forward_pre_hook(shared._keep_embeddings, with_kwargs=True)
+        shared._hooks.append(hook)
     return shared
 
 
@@ -205,18 +218,29 @@ def host_grid(model: nn.Module) -> tuple[Grid | None, int]:
         if isinstance(count, int) and size is not None and patch is not None:
             height, width = size if isinstance(size, Sequence) else (size, size)
             rows, columns = patch if isinstance(patch, Sequence) else (patch, patch)
-            config = getattr(model, "config", None)
-            registers = int(getattr(config, "num_register_tokens", 0) or 0)
-            distilled = int("Deit" in type(model).__name__ or "DeiT" in type(model).__name__)
-            return Grid(height // rows, width // columns), 1 + registers + distilled
+            registers = int(getattr(getattr(model, "config", None), "num_register_tokens", 0) or 0)
+            single = {name.rpartition(".")[2] for name, _ in model.named_parameters()} & _PREFIX_TOKENS
+            return Grid(height // rows, width // columns), len(single) + registers
     return None, 0
 
 
+def _hosted(new: Mixer, old: nn.Module, layer: int, shared: Replacement) -> HostedMixer:
+    """The mixer with the manners of what it replaces, which may be a hosted mixer itself."""
+    place = getattr(old, "layer_idx", None)
+    pair = old.pair if isinstance(old, HostedMixer) else not type(old).__module__.startswith("timm.")
+    causal = bool(getattr(old, "is_causal", False))
+    return HostedMixer(new, layer if place is None else place, shared, pair, causal)
+
+
 def _width(attention: nn.Module) -> int:
+    if isinstance(attention, HostedMixer):
+        return attention.mixer.dim
     for name in ("q_proj", "query", "qkv", "q", "c_attn", "query_key_value"):
         linear = getattr(attention, name, None)
         if isinstance(linear, nn.Linear):
             return linear.in_features
+        if type(linear).__name__ == "Conv1D":  # GPT-2 keeps its linear maps as (in, out)
+            return attention.get_parameter(f"{name}.weight").shape[0]
     linear = next((module for module in attention.modules() if isinstance(module, nn.Linear)), None)
     if linear is None:
         raise ValueError(f"cannot tell the width of {type(attention).__name__}: give a function that makes the mixer")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cenote.ops.checks import check_tokens
 from cenote.ops.masked import zero_padding
+from cenote.ops.packing import unpack
 from cenote.ops.token_grid import from_map, locate, to_map
 from cenote.types import Grid
 
@@ -188,7 +189,8 @@ class RecurrentMixer(Mixer):
     - :meth:`step`: one token and the state before it.
 
     Cutting a sequence anywhere and handing the state on gives the same outputs. Padding leaves the state as it was,
-    whichever side it stands on. A state is a tuple of tensors with the batch in front, float32 or better.
+    whichever side it stands on. A state is a tuple of tensors with the batch in front; sums over the past are float32
+    or better, kept tokens (keys and values of attention) of the tokens' own type.
     """
 
     causal = True
@@ -197,6 +199,19 @@ class RecurrentMixer(Mixer):
     def parallel(self, tokens: Tensor, mask: Tensor | None = None, context: MixerContext | None = None) -> Tensor:
         """The whole sequence at once, ``(batch, tokens, dim)``."""
         return self(tokens, mask, context)
+
+    def packed(self, tokens: Float[Tensor, "total dim"], cu_seqlens: Int[Tensor, "ends"]) -> Float[Tensor, "total dim"]:
+        """Whole sequences that stand end to end, none of which sees another.
+
+        Args:
+            tokens: of all sequences.
+            cu_seqlens: where each sequence begins, and after the last its end, as in flash-linear-attention.
+
+        Raises:
+            ValueError: boundaries that do not grow from 0 to the number of tokens.
+        """
+        padded, mask = unpack(tokens, cu_seqlens)
+        return self(padded, mask)[mask]
 
     def chunk(
         self,

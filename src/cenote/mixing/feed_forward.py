@@ -34,6 +34,9 @@ class FeedForward(nn.Module):
         kind: activation (GELU exact).
         layout: ``"map"`` for feature maps, whose linear maps are 1 x 1 convolutions.
         dropout: after the activation and after the second map, in training.
+
+    Raises:
+        ValueError: an unknown kind.
     """
 
     def __init__(
@@ -45,14 +48,18 @@ class FeedForward(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        activations: dict[str, Callable[[Tensor], Tensor]] = {
+            "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swiglu": F.silu,
+        }  # fmt: skip
+        if kind not in activations:
+            raise ValueError(f"kind must be one of {', '.join(activations)}, got {kind!r}")
         self.layout = layout
         gated = kind == "swiglu"
 
         def linear(wide: int, out: int) -> nn.Module:
             return PointwiseConv(wide, out, bias=not gated) if layout == "map" else nn.Linear(wide, out, bias=not gated)
 
-        activations: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
-        self.act = activations.get(kind, F.silu)
+        self.act = activations[kind]
         self.fc1, self.fc2 = linear(dim, hidden), linear(hidden, dim)
         self.gate = linear(dim, hidden) if gated else None
         self.dropout = nn.Dropout(dropout)

@@ -34,7 +34,8 @@ class FixedAttention(RecurrentMixer):
 
     Raises:
         ValueError: a width that the heads do not divide; a stream of another width, with fewer rows than there are
-            tokens, or of a batch that is neither 1 nor the tokens'; a chunk without ``causal``.
+            tokens or than a position asks for, or of a batch that is neither 1 nor the tokens'; a chunk without
+            ``causal``.
     """
 
     name = "fixed_attention"
@@ -66,6 +67,15 @@ class FixedAttention(RecurrentMixer):
             raise ValueError(
                 f"{type(self).__name__} expects a stream (1 or {tokens.shape[0]}, stream_tokens, {self.dim}), "
                 f"got {tuple(stream.shape)}"
+            )
+        rows = context.positions
+        if (
+            rows is not None
+            and not torch.compiler.is_compiling()
+            and bool(((rows < 0) | (rows >= len(stream[0]))).any())
+        ):
+            raise ValueError(
+                f"the stream has {stream.shape[1]} rows, but positions go from {int(rows.min())} to {int(rows.max())}"
             )
 
     def _query_key(self, stream: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

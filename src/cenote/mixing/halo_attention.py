@@ -156,7 +156,11 @@ class HaloAttention(MapMixer):
             raise ValueError(
                 f"HaloAttention was built for maps (batch, {self.dim}, height, width), got {tuple(x.shape)}"
             )
-        return self._mix_map(x if keep is None else x.masked_fill(~keep[:, None], 0.0), keep)
+        if keep is None:
+            return self._mix_map(x, None)
+        if keep.dtype != torch.bool or keep.shape != (len(x), *x.shape[2:]):
+            raise ValueError(f"keep must be a boolean {(len(x), *x.shape[2:])}, got {keep.dtype} {tuple(keep.shape)}")
+        return self._mix_map(x.masked_fill(~keep[:, None], 0.0), keep)
 
     def _mix_map(self, x: Tensor, keep: Tensor | None) -> Tensor:
         height, width = x.shape[2:]

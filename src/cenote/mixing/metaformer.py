@@ -186,10 +186,13 @@ class MetaFormer(nn.Module):
         return self.norm(tokens), tuple(after)
 
     def step(
-        self, token: Float[Tensor, "batch dim"], states: Sequence[State] | None = None
+        self,
+        token: Float[Tensor, "batch dim"],
+        states: Sequence[State] | None = None,
+        context: MixerContext | None = None,
     ) -> tuple[Float[Tensor, "batch dim"], tuple[State, ...]]:
         """One more token."""
-        mixed, after = self.chunk(token[:, None], states)
+        mixed, after = self.chunk(token[:, None], states, None, context)
         return mixed[:, 0], after
 
     @staticmethod

@@ -99,8 +99,9 @@ class PoNet(Mixer):
         """The segment of each token, from the context or by default."""
         if context.segment_ids is not None:
             return context.segment_ids.long()
-        if context.special_mask is not None:
-            return segments_between(context.special_mask)
+        special = context.special_mask
+        if special is not None:
+            return segments_between(special if mask is None else special & mask)
         return torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
 
     def pools(

@@ -143,6 +143,8 @@ class RandomFeatureAttentionLayer(nn.Module):
             size = path.features.square().sum(dim=1).mean().item() / self.num_heads
             penalty = [size * each for each in PENALTIES]
         tried = list(penalty) if isinstance(penalty, Sequence) else [penalty]
+        if not tried or not all(each >= 0 for each in tried):
+            raise ValueError(f"a ridge penalty is a number that is not negative, or several; got {penalty}")
         errors = [path.leave_one_out(each * self.num_heads).square().mean().item() for each in tried]
         best = tried[errors.index(min(errors))]
         self.value.copy_(path.coefficients(best * self.num_heads).reshape_as(self.value))
@@ -164,18 +166,22 @@ class RandomFeatureAttentionLayer(nn.Module):
             assume_unit_norm: say so, to be warned where the inputs are not; the result holds for any norm.
 
         Raises:
-            ValueError: biased heads or another activation than ReLU, which have no closed form.
+            ValueError: biased heads or another activation than ReLU, which have no closed form; others without keys or
+                without queries; what :meth:`forward` refuses.
         """
         if self.biased or self.activation != "relu":
             raise ValueError(
                 "only unbiased heads with ReLU have a kernel in closed form: use features() with many heads"
             )
-        self._check(query, keys, mask)
+        if (other_query is None) != (other_keys is None):
+            raise ValueError("other items have a query and keys: give both or neither")
         if other_query is None or other_keys is None:
             other_query, other_keys, other_mask = query, keys, mask
+        self._check(query, keys, mask)
+        self._check(other_query, other_keys, other_mask)
         if assume_unit_norm:
-            real = keys if mask is None else keys[mask]
-            gap = max((x.norm(dim=-1) - 1).abs().max().item() for x in (query, real))
+            reals = (k if m is None else k[m] for k, m in ((keys, mask), (other_keys, other_mask)))
+            gap = max((x.norm(dim=-1) - 1).abs().max().item() for x in (query, other_query, *reals))
             if gap > 1e-3:
                 warnings.warn(f"inputs are not of unit norm (off by up to {gap:.3g})", stacklevel=2)
         return infinite_width_kernel(query, keys, other_query, other_keys, mask, other_mask)

@@ -211,17 +211,14 @@ class Regressor(nn.Module):
             q, k, v = widen(q), share_heads(widen(k), heads), share_heads(widen(v), heads)
             gates = {name: share_heads(widen(gate), heads) for name, gate in gates.items()}
             described = {name: (self.gates[name], gate) for name, gate in gates.items()}
-            fixed = () if state is None or self.grows else state
-            check_pairs(type(self).__name__, q, k, v, described, fixed, self.pairs)
             empty = self.initial_state(q)
-            if [part.shape for part in fixed or empty] != [part.shape for part in empty]:
-                raise ValueError(
-                    f"{type(self).__name__} expects a state of shapes {[tuple(part.shape) for part in empty]}, "
-                    f"got {[tuple(part.shape) for part in fixed]}"
-                )
+            state = empty if state is None else state
+            check_pairs(type(self).__name__, q, k, v, described, state, self.pairs)
+            given, expected = ([tuple(part.shape) for part in parts] for parts in (state, empty))
+            if len(given) != len(expected) or not (self.grows or given == expected):
+                raise ValueError(f"{type(self).__name__} expects a state of shapes {expected}, got {given}")
             if mask is not None:
                 k, v, gates = self._silence(k, v, gates, mask)
-            state = empty if state is None else state
             fast = None if call == self._step else self._accelerated(q, k, v, gates, state, dtype)
             return call(q, k, v, gates, state, mask) if fast is None else fast
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cenote.mixing.base import MixerContext, RecurrentMixer, State
-from cenote.ops.masked import widen
+from cenote.ops.causal_attention import all_real, attend, visible
+from cenote.ops.heads import merge_heads, num_heads_of
 from cenote.ops.rotary import real_positions, rotate
 
 
@@ -42,10 +43,7 @@ class SoftmaxAttention(RecurrentMixer):
         rope_theta: float | None = None,
     ) -> None:
         super().__init__(dim)
-        num_heads = num_heads if head_dim is None else dim // max(head_dim, 1)
-        if num_heads < 1 or dim % num_heads or (head_dim is not None and dim != num_heads * head_dim):
-            raise ValueError(f"dim={dim} is not divisible into heads (num_heads={num_heads}, head_dim={head_dim})")
-        self.num_heads, self.causal, self.rope_theta = num_heads, causal, rope_theta
+        self.num_heads, self.causal, self.rope_theta = num_heads_of(dim, num_heads, head_dim), causal, rope_theta
         self.permutation_equivariant = not causal and rope_theta is None
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
@@ -56,8 +54,8 @@ class SoftmaxAttention(RecurrentMixer):
         """Queries, keys and values, each ``(batch, heads, tokens, head_dim)``."""
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if self.rope_theta is not None:
-            real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
-            positions = real_positions(real, before) if context.positions is None else context.positions
+            positions = real_positions(all_real(tokens, mask), before)
+            positions = positions if context.positions is None else context.positions
             query, key = (rotate(x, positions, self.rope_theta) for x in (query, key))
         return query, key, value
 
@@ -65,21 +63,17 @@ class SoftmaxAttention(RecurrentMixer):
         self, tokens: Tensor, mask: Tensor | None, context: MixerContext, return_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = self._heads(tokens, mask, context)
-        seen = None if mask is None else mask[:, None, None]
-        if self.causal and (mask is not None or return_weights):
-            order = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
-            seen = (
-                order if seen is None else order & seen | torch.eye(len(order), dtype=torch.bool, device=order.device)
-            )
-        if return_weights:
-            scores = widen(query) @ widen(key).transpose(-1, -2) * query.shape[-1] ** -0.5
-            weights = (scores if seen is None else scores.masked_fill(~seen, float("-inf"))).softmax(dim=-1)
-            return self._merge(weights.to(value.dtype) @ value), weights
-        causal = self.causal and seen is None
-        return self._merge(F.scaled_dot_product_attention(query, key, value, seen, is_causal=causal)), None
+        if self.causal and mask is None and not return_weights:
+            return self._merge(F.scaled_dot_product_attention(query, key, value, is_causal=True)), None
+        if self.causal:
+            seen = visible(tokens.shape[1], mask, tokens.shape[1], True, tokens.device)
+        else:
+            seen = None if mask is None else mask[:, None, None]
+        mixed, weights = attend(query, key, value, seen, return_weights)
+        return self._merge(mixed), weights
 
     def _merge(self, heads: Tensor) -> Tensor:
-        return self.proj(heads.transpose(1, 2).flatten(2))
+        return self.proj(merge_heads(heads))
 
     def initial_state(self, tokens: Tensor) -> State:
         past = tokens.new_zeros(tokens.shape[0], self.num_heads, 0, self.dim // self.num_heads)
@@ -89,12 +83,9 @@ class SoftmaxAttention(RecurrentMixer):
         if not self.causal:
             raise ValueError("attention that sees later tokens has no chunks: build it with causal=True")
         keys, values, real = state
-        past, count = keys.shape[2], tokens.shape[1]
         query, key, value = self._heads(tokens, mask, context, real.sum(dim=1))
-        fresh = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
-        keys, values, real = torch.cat([keys, key], 2), torch.cat([values, value], 2), torch.cat([real, fresh], 1)
-        order = torch.ones(count, past + count, dtype=torch.bool, device=tokens.device).tril(past)
-        itself = torch.eye(count, past + count, dtype=torch.bool, device=tokens.device).roll(past, 1)
-        seen = order & real[:, None, None] | itself  # a padded token sees itself, so that no row is empty
-        mixed = F.scaled_dot_product_attention(query, keys.to(query.dtype), values.to(query.dtype), seen)
+        keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        real = torch.cat([real, all_real(tokens, mask)], 1)
+        seen = visible(tokens.shape[1], real, keys.shape[2], True, tokens.device)
+        mixed, _ = attend(query, keys.to(query.dtype), values.to(query.dtype), seen)
         return self._merge(mixed), (keys, values, real)

@@ -100,14 +100,14 @@ class TokenAwarePooling(nn.Module):
         if keep is None:
             scores = norm(scores)
         else:  # statistics over the cells that there are, and 0 outside of them as outside of a map
-            assert isinstance(norm, nn.BatchNorm2d)
+            assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
             assert norm.running_mean is not None
             assert norm.running_var is not None
             if self.training and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
             flat = masked_batch_norm(
                 scores.flatten(2).transpose(1, 2), norm.running_mean, norm.running_var, keep.flatten(1),
-                norm.weight, norm.bias, self.training, norm.momentum or 0.1, norm.eps,
+                norm.weight, norm.bias, self.training, 0.1 if norm.momentum is None else norm.momentum, norm.eps,
             )  # fmt: skip
             scores = zero_padding(flat, keep.flatten(1)).transpose(1, 2).unflatten(2, tuple(keep.shape[1:]))
         logits = widen(second(scores)) / self.temperature
@@ -116,8 +116,8 @@ class TokenAwarePooling(nn.Module):
     def _warn_of_small(self, height: int, width: int) -> None:
         if self.num_scales > min(height, width) and not torch.compiler.is_compiling():
             warnings.warn(
-                f"on a grid of {height} x {width} cells the neighbours at dilation {self.num_scales - 1} all lie "
-                f"outside: use num_scales of at most {min(height, width)}",
+                f"on a grid of {height} x {width} cells no neighbour at dilation {self.num_scales - 1} lies inside "
+                f"along the shorter side: use num_scales of at most {min(height, width)}",
                 stacklevel=4,
             )
 

@@ -15,7 +15,7 @@ from cenote.ops.taylor_attention import (
     initial_taylor_state,
     taylor_attention,
     taylor_attention_chunk,
-    taylor_attention_weights,
+    taylor_attention_map,
 )
 
 
@@ -86,9 +86,7 @@ class TaylorAttention(RecurrentMixer):
         else:
             mixed = taylor_attention(query, key, value, mask, causal=self.causal, form=self.form, eps=self.eps)
         if return_weights:
-            weights = taylor_attention_weights(query, key, mask, causal=self.causal, form=self.form)
-            total = weights.sum(dim=-1, keepdim=True) + self.eps
-            weights = weights / total.masked_fill(total == 0, 1.0)
+            weights = taylor_attention_map(query, key, mask, causal=self.causal, form=self.form, eps=self.eps)
         return self.proj(merge_heads(mixed)), weights
 
     def initial_state(self, tokens: Tensor) -> State:

@@ -47,12 +47,13 @@ class TestTimeRegression(RecurrentMixer):
         output_norm: root-mean-square norm of each head's output.
         norm_eps: added to squares in the norms.
         rule: name of the rule, ``"gated_delta"`` unless the next three say otherwise.
-        weights: weights of the pairs, together with ``function`` and ``optimiser`` in place of a name.
+        weights: weights of the pairs, in place of a name together with ``function`` (``"linear"`` by default) and
+            ``optimiser`` (``"sgd"``).
         options: settings of the rule; named mixers (``DeltaRule``, ...) take them as their own.
 
     Raises:
         ValueError: heads that do not divide, an unknown rule or point of the grid (the message lists the valid ones),
-            settings out of range, padding between real tokens.
+            a rule by name and by its choices at once, settings out of range, padding between real tokens.
     """
 
     __test__ = False  # not a test, whatever its name begins with
@@ -94,14 +95,12 @@ class TestTimeRegression(RecurrentMixer):
         *,
         rule: str | None = None,
         weights: str | None = None,
-        function: str = "linear",
-        optimiser: str = "sgd",
+        function: str | None = None,
+        optimiser: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dim)
-        if self.fixed_rule is None and weights is not None:
-            rule = rule_name(weights=weights, function=function, optimiser=optimiser)
-        rule = rule_name(self.fixed_rule or rule or "gated_delta")
+        rule = _rule(self.fixed_rule, rule, weights=weights, function=function, optimiser=optimiser)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"num_heads={num_heads} query heads cannot share {kv_heads} key and value heads evenly")
@@ -160,13 +159,13 @@ class TestTimeRegression(RecurrentMixer):
         keyed = name == "g" and gate.per == "key"
         raw = widen(self.gk_proj(tokens) if keyed else self.get_submodule(_projection(name))(tokens))
         if name == "g" and not keyed and self.decay == "softplus":
-            raw = -widen(self.A_log).exp() * F.softplus(raw + widen(self.dt_bias))
+            raw = -widen(self.A_log).exp() * _softplus(raw + widen(self.dt_bias))
         elif gate.range == "log":
             raw = F.logsigmoid(raw) / (16 if name == "g" else 1)
         elif gate.range in ("step", "unit"):
             raw = raw.sigmoid() * (self.max_step if gate.range == "step" else 1)
         elif gate.range == "positive":
-            raw = F.softplus(raw)
+            raw = _softplus(raw)
         heads = _heads(raw, self.key_dim if gate.per == "key" else 1, self.regressor.pairs if gate.paired else 1)
         return heads if gate.per == "key" else heads.squeeze(-1)
 
@@ -250,9 +249,24 @@ class TestTimeRegression(RecurrentMixer):
         return mixer
 
 
+def _rule(fixed: str | None, rule: str | None, **choices: str | None) -> str:
+    """The name of the rule that is asked for: by the class, by name or by its choices."""
+    chosen = {name: choice for name, choice in choices.items() if choice is not None}
+    if (fixed is not None) + (rule is not None) + bool(chosen) > 1:
+        raise ValueError("a rule is given once, by its name or by weights, function and optimiser")
+    if chosen:
+        return rule_name(**{"weights": "", "function": "linear", "optimiser": "sgd", **chosen})
+    return rule_name(fixed or rule or "gated_delta")
+
+
 def _projection(gate: str) -> str:
     """The name of a gate's linear map."""
     return {"beta": "b_proj", "g": "a_proj"}.get(gate, f"{gate}_proj")
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """Not torch's own, whose gradient torch.compile gives other strides than it has, so that it fails behind heads."""
+    return -F.logsigmoid(-x)
 
 
 def _heads(x: Tensor, width: int, pairs: int = 1) -> Tensor:

@@ -128,8 +128,8 @@ def attention_diversification_loss(
 
     Raises:
         TypeError: no map, as fused attention leaves it.
-        ValueError: no layer, maps that are not square, rows that do not sum to 1 within 1e-3, a threshold outside of
-            (0, tokens), an unknown ``on`` or ``reduction``.
+        ValueError: no layer, maps that are not square, rows that do not sum to 1 within 1e-3 (or the precision of
+            their dtype), a threshold outside of (0, tokens), an unknown ``on`` or ``reduction``.
     """
     return _over_layers(layers, threshold, on, mask, reduction, check_rows) / (len(layers) + LAYER_EPS)
 
@@ -202,7 +202,8 @@ def _require_rows(maps: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     away = float((maps.detach().sum(dim=-1, dtype=torch.float32) - 1).abs().max())
-    if not away <= 1e-3:  # NaN too
+    # Rounded to bfloat16 a softmax is further from 1 than that.
+    if not away <= max(1e-3, torch.finfo(maps.dtype).eps):  # NaN too
         raise ValueError(f"rows of an attention map sum to 1, but one is {away:.3g} away (logits? attention dropout?)")
 
 

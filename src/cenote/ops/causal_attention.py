@@ -40,7 +40,7 @@ def attend(
     query: Float[Tensor, "rows heads queries head_dim"],
     key: Float[Tensor, "rows heads keys head_dim"],
     value: Float[Tensor, "batch heads keys width"],
-    seen: Bool[Tensor, "#batch 1 queries keys"] | None = None,
+    seen: Bool[Tensor, "#batch 1 #queries keys"] | None = None,
     return_weights: bool = False,
 ) -> tuple[Float[Tensor, "batch heads queries width"], Float[Tensor, "maps heads queries keys"] | None]:
     """``softmax(Q K^T / sqrt(head_dim)) V`` over the keys seen, and the map if wanted.

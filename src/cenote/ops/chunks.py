@@ -1,8 +1,8 @@
 """Cutting a sequence into chunks, and the decays inside one.
 
 Inside a chunk the logarithms of the decays are summed from its start, ``c_i = g_1 + ... + g_i``; between two of its
-tokens the decay is ``exp(c_i - c_j)``. Below and on the diagonal that exponent is at most 0; above, it is held at 0
-before it is exponentiated and the result set to 0, so that nothing overflows.
+tokens the decay is ``exp(c_i - c_j)``. Below and on the diagonal that exponent is at most 0; above, it is set to
+``-inf`` before it is exponentiated, so that nothing overflows.
 """
 
 from __future__ import annotations
@@ -41,18 +41,21 @@ def chunk_length(tokens: int, chunk_size: int | None, multiple: int = 1) -> int:
     return whole if chunk_size is None else min(chunk_size, whole)
 
 
-def log_decay_sums(g: Float[Tensor, "rows chunks chunk *width"]) -> Float[Tensor, "rows chunks chunk *width"]:
-    """``c``, with decays that forget everything (``-inf``) held where their exponential is just 0.
+def decays(
+    g: Float[Tensor, "rows chunks chunk *width"],
+) -> tuple[Float[Tensor, "rows chunks chunk chunk *width"], Float[Tensor, "rows chunks chunk *width"]]:
+    """Decay from token j to token i, ``exp(c_i - c_j)`` for ``j <= i`` and 0 above; and from the start, ``exp(c_i)``.
 
-    A difference of two infinite sums would be NaN; held back, a sum still leaves room for the decays that follow.
+    The sums are float64: after strong decays a small difference of large float32 sums is wrong in the fourth digit.
+    Decays that forget everything (``-inf``) are held where their exponential is just 0, since a difference of two
+    infinite sums would be NaN.
     """
-    return g.clamp(min=-120.0 if g.dtype == torch.float32 else -800.0).cumsum(dim=2)
-
-
-def decay_between(c: Float[Tensor, "*rows chunk"]) -> Float[Tensor, "*rows chunk chunk"]:
-    """``exp(c_i - c_j)`` for ``j <= i`` and 0 above the diagonal."""
-    exponent = (c.unsqueeze(-1) - c.unsqueeze(-2)).clamp(max=0.0)
-    return exponent.exp() * causal(c)
+    held = g.clamp(min=-120.0 if g.dtype == torch.float32 else -800.0)
+    c = (held if g.device.type == "mps" else held.double()).cumsum(dim=2)  # MPS has no float64
+    exponent = (c.unsqueeze(3) - c.unsqueeze(2)).to(g.dtype)
+    size = g.shape[2]
+    later = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
+    return exponent.masked_fill(later.view(size, size, *(1,) * (g.ndim - 3)), -torch.inf).exp(), c.exp().to(g.dtype)
 
 
 def causal(like: Float[Tensor, "*rows chunk"]) -> Float[Tensor, "chunk chunk"]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cenote.ops.chunks import CHUNK, causal, chunk_length, cut, decay_between, join, log_decay_sums
+from cenote.ops.chunks import CHUNK, causal, chunk_length, cut, decays, join
 from cenote.ops.triangular import BLOCK, solve_unit_lower
 
 
@@ -68,8 +68,8 @@ def chunk_delta_rule(
         scores = scores * causal(steps[..., 0])[pairs - 1 :: pairs]
         writes, kept, known = keys, None, weighted
     else:
-        c = log_decay_sums(cut(spread(g, pairs), size))
-        between, fading = decay_between(c), c.exp().unsqueeze(-1)
+        between, fading = decays(cut(spread(g, pairs), size))
+        fading = fading.unsqueeze(-1)
         overlaps, scores = overlaps * between, scores * between[:, :, pairs - 1 :: pairs]
         writes, known = keys * between[:, :, -1].unsqueeze(-1), weighted * fading
         kept = fading[:, :, -1:].unbind(1)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cenote.ops.chunks import decay_between, log_decay_sums
+from cenote.ops.chunks import decays
 from cenote.ops.gates import LOG_DECAY, STEP, check_pairs
 
 
@@ -132,15 +132,15 @@ def _mini_batch(
     error = hidden @ start.second - v
     slope = (error @ start.second.transpose(-1, -2)) * _gelu_slope(inner)
     beta, log_decay, log_momentum, taken = rates.unbind(-1)
-    decays, slowing = log_decay_sums(log_decay), log_decay_sums(log_momentum)
-    moved = decay_between(slowing) * beta[:, :, None]
-    fading = decay_between(decays) * taken[:, :, None]
-    moves, whole, coast = fading @ moved, decays.exp()[..., None], fading @ slowing.exp()[..., None]
+    fading, whole = decays(log_decay)
+    slowing, slowed = decays(log_momentum)
+    fading, moved = fading * taken[:, :, None], slowing * beta[:, :, None]
+    moves, whole, coast = fading @ moved, whole[..., None], fading @ slowed[..., None]
     read = whole * (q @ now.first) + coast * (q @ speed.first)
     read = F.gelu(read - (q @ k.transpose(-1, -2) * moves) @ slope)
     out = whole * (read @ now.second) + coast * (read @ speed.second)
     out = out - (read @ hidden.transpose(-1, -2) * moves) @ error
-    last = [x[:, :, -1, None, None] for x in (whole[..., 0], coast[..., 0], slowing.exp())]
+    last = [x[:, :, -1, None, None] for x in (whole[..., 0], coast[..., 0], slowed)]
 
     def after(weights: Tensor, momentum: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         shift, push = ((left * x[:, :, -1, :, None]).transpose(-1, -2) @ right for x in (moves, moved))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cenote.ops.chunks import CHUNK, causal, chunk_length, cut, decay_between, join, log_decay_sums
+from cenote.ops.chunks import CHUNK, causal, chunk_length, cut, decays, join
 
 FEATURE_CHUNK = 16
 
@@ -25,7 +25,8 @@ def retention_log_decay(num_heads: int) -> Float[Tensor, "heads"]:
 
 def elu_features(x: Tensor) -> Tensor:
     """``elu(x) + 1``, positive, so that sums of products of queries and keys cannot vanish."""
-    return F.elu(x) + 1
+    # Not torch's own, whose gradient torch.compile gives other strides than it has, so that it fails behind heads.
+    return torch.where(x > 0, x + 1, x.clamp(max=0.0).exp())
 
 
 def chunk_linear(
@@ -52,8 +53,8 @@ def chunk_linear(
     if g is None:
         scores, kept = scores * causal(scores[..., 0]), None
     else:
-        c = log_decay_sums(cut(g, size))
-        between, fading = decay_between(c), c.exp().unsqueeze(-1)
+        between, fading = decays(cut(g, size))
+        fading = fading.unsqueeze(-1)
         scores, query, key = scores * between, query * fading, key * between[:, :, -1].unsqueeze(-1)
         kept = fading[:, :, -1:]
     before, now = scan(key.transpose(-1, -2) @ value, kept, state)
@@ -82,13 +83,11 @@ def chunk_feature_decay(
     batch, heads, tokens, _ = query.shape
     size = chunk_length(tokens, chunk_size)
     query, key, value = (cut(x, size) for x in (query * scale, key, value))
-    c = log_decay_sums(cut(g, size))
-    between = (c.unsqueeze(3) - c.unsqueeze(2)).clamp(max=0.0).exp()
-    scores = (between * key.unsqueeze(2)) @ query.unsqueeze(-1)  # (rows, chunks, queries, keys, 1)
-    scores = scores.squeeze(-1) * causal(scores[..., 0, 0])
+    between, fading = decays(cut(g, size))
+    scores = ((between * key.unsqueeze(2)) @ query.unsqueeze(-1)).squeeze(-1)  # (rows, chunks, queries, keys)
     writes = (key * between[:, :, -1]).transpose(-1, -2) @ value
-    before, now = scan(writes, c[:, :, -1].exp().unsqueeze(-1), state)
-    return join((query * c.exp()) @ before + scores @ value, batch, tokens), now.unflatten(0, (batch, heads))
+    before, now = scan(writes, fading[:, :, -1].unsqueeze(-1), state)
+    return join((query * fading) @ before + scores @ value, batch, tokens), now.unflatten(0, (batch, heads))
 
 
 def step_linear(

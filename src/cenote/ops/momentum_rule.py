@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cenote.ops.chunks import CHUNK, causal, chunk_length, cut, decay_between, join, log_decay_sums
+from cenote.ops.chunks import CHUNK, causal, chunk_length, cut, decays, join
 from cenote.ops.triangular import BLOCK, solve_unit_lower
 
 MomentumState = tuple[Tensor, Tensor]
@@ -49,11 +49,10 @@ def chunk_momentum(
     query, key, value = (cut(x, size) for x in (query * scale, key, value))
     steps = cut(theta, size).unsqueeze(-1)
     added = torch.ones_like(theta) if real is None else real[:, None].to(theta.dtype).expand_as(theta)
-    of_state, of_momentum = log_decay_sums(cut(g, size)), log_decay_sums(cut(log_eta, size))
-    fading, slowing = decay_between(of_state), decay_between(of_momentum)
+    (fading, kept), (slowing, slowed) = decays(cut(g, size)), decays(cut(log_eta, size))
     reach = fading * cut(added, size).unsqueeze(-2)
     weights = reach @ slowing
-    kept, pushed = of_state.exp().unsqueeze(-1), reach @ of_momentum.exp().unsqueeze(-1)
+    kept, pushed = kept.unsqueeze(-1), reach @ slowed.unsqueeze(-1)
     # A token's error is measured before its own step: the row above.
     earlier = torch.cat([torch.zeros_like(weights[:, :, :1]), weights[:, :, :-1]], dim=2)
     kept_before = torch.cat([torch.ones_like(kept[:, :, :1]), kept[:, :, :-1]], dim=2)
@@ -66,7 +65,7 @@ def chunk_momentum(
     last_momentum = slowing[:, :, -1].unsqueeze(-1)
     writes = torch.cat([turned * weights[:, :, -1:], turned * last_momentum.transpose(-1, -2)], dim=2)
     kept_last, pushed_last = kept[:, :, -1:].unbind(1), pushed[:, :, -1:].unbind(1)
-    slowed_last = of_momentum[:, :, -1, None, None].exp().unbind(1)
+    slowed_last = slowed[:, :, -1, None, None].unbind(1)
     now, moving = (part.flatten(0, 1) for part in state)
     before, corrected = [], []
     for chunk, (fixed, reading, write) in enumerate(

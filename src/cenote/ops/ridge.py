@@ -48,7 +48,7 @@ class RidgePath:
         return (self.targets - fitted) / (1 - leverage)
 
     def _shrunk(self, penalty: float) -> Tensor:
-        if penalty < 0:
+        if not penalty >= 0:
             raise ValueError(f"a ridge penalty is not negative, got {penalty}")
         floor = torch.finfo(self.values.dtype).eps * len(self.values) * self.values.max()
         total = self.values + penalty

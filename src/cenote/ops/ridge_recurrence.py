@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cenote.ops.chunks import decay_between, log_decay_sums
+from cenote.ops.chunks import decays
 from cenote.ops.conjugate_gradients import conjugate_gradients, require_definite
 from cenote.ops.gates import LOG_DECAY, STEP, check_pairs
 
@@ -85,8 +85,8 @@ def ridge_recurrence(
     for start in range(0, tokens, block):
         part = slice(start, start + block)
         q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
-        sums = log_decay_sums(log_decay[:, :, part])
-        among, before = decay_between(sums) * weight[:, :, None, part], sums.exp()[..., None]
+        between, fading = decays(log_decay[:, :, part])
+        among, before = between * weight[:, :, None, part], fading[..., None]
         if solver == "direct" or singular:
             pairs = (k[..., :, None] * k[..., None, :]).flatten(-2)
             grams = (before * gram.flatten(-2)[:, :, None] + among @ pairs).unflatten(-1, (width, width))

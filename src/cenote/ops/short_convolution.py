@@ -11,17 +11,23 @@ from torch import Tensor
 def short_convolution(
     x: Float[Tensor, "batch tokens dim"],
     weight: Float[Tensor, "dim 1 length"],
-    past: Float[Tensor, "batch before dim"] | None = None,
+    past: Tensor | None = None,
     counts: Int[Tensor, "batch"] | None = None,
 ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch before dim"]]:
     """``y_t = sum_l w_l x_(t - length + 1 + l)`` and the last ``length - 1`` inputs, which the next stretch needs.
 
     Args:
-        past: inputs before the first, oldest in front; ``None`` for zeros.
+        past: ``(batch, length - 1, dim)`` inputs before the first, oldest in front; ``None`` for zeros.
         counts: real tokens of each row, which stand in front of its padding. Padding is not remembered.
+
+    Raises:
+        ValueError: other inputs before the first than ``(batch, length - 1, dim)``.
     """
     before, tokens = weight.shape[-1] - 1, x.shape[1]
-    past = x.new_zeros(x.shape[0], before, x.shape[2]) if past is None else past.to(x.dtype)
+    empty = x.new_zeros(x.shape[0], before, x.shape[2])
+    past = empty if past is None else past.to(x.dtype)
+    if past.shape != empty.shape:
+        raise ValueError(f"a convolution continues from inputs {tuple(empty.shape)}, got {tuple(past.shape)}")
     joined = torch.cat([past, x], dim=1)
     mixed = F.conv1d(joined.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2)
     if counts is None:

@@ -82,6 +82,20 @@ def taylor_attention_weights(
     return weights if mask is None else weights.masked_fill(~mask[:, None, None], 0.0)
 
 
+def taylor_attention_map(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch heads keys head_dim"],
+    mask: Bool[Tensor, "batch keys"] | None = None,
+    *,
+    causal: bool = True,
+    form: TaylorForm = "joint",
+    eps: float = 0.0,
+) -> Float[Tensor, "batch heads queries keys"]:
+    """The weights over their sum: rows that sum to 1, or to 0 for a query that sees no real token."""
+    weights = taylor_attention_weights(query, key, mask, causal=causal, form=form)
+    return _divide(weights, weights.sum(dim=-1), eps)
+
+
 def taylor_attention(
     query: Float[Tensor, "batch heads tokens head_dim"],
     key: Float[Tensor, "batch heads tokens head_dim"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -127,10 +128,12 @@ def _kept(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier run with these settings left."""
     try:
         run = json.loads((folder / "run.json").read_text())
-        records = json.loads((folder / "results.json").read_text())
+        results = (folder / "results.json").read_bytes()
+        records = json.loads(results)
     except (OSError, ValueError):
         return None
-    if run.get("settings") != settings or not records:
+    # The folder is also where `reproduce` writes by default, whatever its settings.
+    if (run.get("settings"), run.get("results")) != (settings, _digest(results)) or not records:
         return None
     return {"verdicts": [r["verdict"] for r in records], "seconds": records[0]["seconds"], "skipped": run["skipped"]}
 
@@ -150,8 +153,17 @@ def _run(system: System, folder: Path, settings: dict[str, Any], data_dir: str |
     except Exception as error:  # one broken experiment must not cost the results of the others
         seconds = time.perf_counter() - start
         return Outcome(system.slug, system.family, "failed", seconds=seconds, note=f"{type(error).__name__}: {error}")
-    write_whole(folder / "run.json", json.dumps({"settings": settings, "skipped": list(result.skipped)}) + "\n")
+    run = {
+        "settings": settings,
+        "skipped": list(result.skipped),
+        "results": _digest((folder / "results.json").read_bytes()),
+    }
+    write_whole(folder / "run.json", json.dumps(run) + "\n")
     return _outcome(system, [f.verdict for f in result.findings], result.seconds, result.skipped)
+
+
+def _digest(results: bytes) -> str:
+    return hashlib.sha256(results).hexdigest()
 
 
 def _outcome(system: System, verdicts: Sequence[str], seconds: float, skipped: Sequence[str]) -> Outcome:

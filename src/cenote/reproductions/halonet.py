@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -31,19 +32,23 @@ CLAIM = (
     "borders of blocks, and costs time in proportion to the pixels."
 )
 RATES = (3e-3, 1e-2)
+LEARNT = 80.0
+"""Per cent right within one block from which on a network without a halo counts as trained."""
+UNSEEN = 10_000
+"""Added to the seeds of weights and images of two dots: the setting was chosen on smaller ones."""
 HISTORY = (
-    "Width and depth are one of five settings tried on one seed, kept for the test accuracy of h = 2; in another (two "
-    "blocks of width 16, rate 0.003, 300 steps) h = 2 was behind, 80 to 85 %. At 1200 steps and rate 0.01 for both, "
-    "h = 0 predicted a constant on two seeds of two, hence a choice of rates for each; h = 2 reached 97 % on one seed "
-    "and stayed at 81 % on another."
+    "How the setting came about: width and depth are one of five tried on one seed and kept for the test accuracy of "
+    "h = 2, which favours h = 2; in another (two blocks of width 16, rate 0.003, 300 steps) it was behind, 80 to 85 %. "
+    "At 1200 steps and rate 0.01 for both, h = 0 predicted a constant on two seeds of two, hence the choice of rates. "
+    "Nothing was chosen since, and these weights and images are none of those."
 )
 FASHION = "fashion_mnist/fashion_mnist_12k_4k.npz"
 
 
 def run(settings: Settings) -> list[Finding]:
     images = digits(embedded().config)
-    steps = 200 if settings.quick else 1000
-    found = [_against_convolution(settings, "digits", images.train, images.test, (4, 2, 1), steps)]
+    steps, batch = (200, 32) if settings.quick else (1000, 64)
+    found = [_against_convolution(settings, "digits", images.train, images.test, (4, 2, 1), steps, batch)]
     if not settings.quick and settings.data_dir is not None and (settings.data_dir / FASHION).is_file():
         train, test = fashion(str(settings.data_dir / FASHION), train=6000, test=2000)
         found.append(_against_convolution(settings, "Fashion-MNIST", train, test, (7, 2, 2), 1200))
@@ -55,7 +60,13 @@ def run(settings: Settings) -> list[Finding]:
 
 
 def _against_convolution(
-    settings: Settings, data: str, train: Labelled, test: Labelled, shape: tuple[int, int, int], steps: int
+    settings: Settings,
+    data: str,
+    train: Labelled,
+    test: Labelled,
+    shape: tuple[int, int, int],
+    steps: int,
+    batch: int = 64,
 ) -> Finding:
     """Networks of four blocks, attention or convolution, at equal parameters; ``shape`` is block, halo, stem stride."""
     block, halo, stem_stride = shape
@@ -70,7 +81,7 @@ def _against_convolution(
                 if name == "3 x 3 convolutions":
                     model = conv_classifier(count(model), stem_stride)
                 parameters[name] = count(model)
-                values.append(per_cent_right(fit(model, train, steps, batch=64), test))
+                values.append(per_cent_right(fit(model, train, steps, batch), test))
     written = "; ".join(f"{name}: {fmean(scores[name]):.1f} %, {parameters[name]} parameters" for name in scores)
     return finding(
         f"{data}: a small residual network with halo blocks is within 2 points of one with 3 x 3 convolutions at equal "
@@ -80,15 +91,15 @@ def _against_convolution(
         lambda v: v >= -2,
         paper="HaloNet H7 84.9 %, EfficientNet-B7 84.3 % (ImageNet, about 67M parameters both)",
         unit=f"points on {data}",
-        note=f"{written}. {steps} steps of 64 images; blocks of {block}, halo {halo}; both with one 3 x 3 convolution "
-        "in front.",
+        note=f"{written}. {steps} steps of {batch} images; blocks of {block}, halo {halo}; both with one 3 x 3 "
+        "convolution in front.",
     )
 
 
 def _across_borders(settings: Settings) -> list[Finding]:
     """Two dots, in one block or in neighbouring ones: is their distance 1?"""
     steps = 400 if settings.quick else 1200
-    test, across = two_dots(4000, seed=1_000_000)
+    test, across = two_dots(4000, UNSEEN + 1_000_000)
     parts = {
         "all pairs": test,
         "pairs across a border": Labelled(test.tokens[across], test.targets[across]),
@@ -96,50 +107,59 @@ def _across_borders(settings: Settings) -> list[Finding]:
     }
     scores: dict[int, dict[str, list[float]]] = {halo: {name: [] for name in parts} for halo in (2, 0)}
     parameters: dict[int, int] = {}
-    chosen: dict[int, list[float]] = {2: [], 0: []}
-    validation, _ = two_dots(2000, seed=2_000_000)
+    rates: dict[int, float] = {}
+    validation, _ = two_dots(2000, UNSEEN + 2_000_000)
     for seed in settings.seeds:
         settings.progress(f"two dots with and without a halo, seed {seed}")
-        train, _ = two_dots(32 * steps, seed)
+        train, _ = two_dots(32 * steps, UNSEEN + seed)
         for halo, values in scores.items():
-            # A rate that suits one network can make the other predict a constant, so each has its own, chosen alike.
             models = {}
-            for rate in RATES:
+            for rate in [rates[halo]] if halo in rates else RATES:
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
+                    torch.manual_seed(UNSEEN + seed)
                     models[rate] = fit(dots_network(halo), train, steps, batch=32, lr=rate)
-            rate = max(RATES, key=lambda r: per_cent_right(models[r], validation))
-            model = models[rate]
-            chosen[halo].append(rate)
+            if halo not in rates:
+                # A rate that suits one network can make the other predict a constant: each has its own, chosen alike.
+                rates[halo] = max(RATES, key=lambda r: per_cent_right(models[r], validation))
+            model = models[rates[halo]]
             parameters[halo] = count(model)
             for name, part in parts.items():
                 values[name].append(per_cent_right(model, part))
-    unit = "points on two dots"
-
-    def gain(name: str) -> list[float]:
-        return [a - b for a, b in zip(scores[2][name], scores[0][name], strict=True)]
-
     written = "; ".join(
-        f"h = {halo} ({parameters[halo]} parameters): "
-        + ", ".join(f"{name} {fmean(values):.1f} %" for name, values in by_part.items())
+        f"h = {halo} ({parameters[halo]} parameters, rate {rates[halo]:g}): "
+        + ", ".join(f"{name} {', '.join(f'{v:.1f}' for v in values)} %" for name, values in by_part.items())
         for halo, by_part in scores.items()
     )
+    note = (
+        f"{written}. One attention block behind a 1 x 1 convolution, 12 x 12 pixels, blocks of 4; {steps} steps of 32 "
+        f"new images; of the rates {RATES} the better one on 2000 validation images of the first seed, then kept; 4000 "
+        f"test images. {HISTORY}"
+    )
+    return dots_findings(scores[2], scores[0], note)
+
+
+def dots_findings(two: dict[str, list[float]], none: dict[str, list[float]], note: str) -> list[Finding]:
+    """Accuracies with a halo of two and with none, seed by seed, on all test images and on two parts of them.
+
+    A seed on which the network without a halo failed to train shows nothing of halos, so it counts against the claim.
+    """
+    unit, control = "points on two dots", f"at least 1 point, and h = 0 at least {LEARNT:g} % right within one block"
+
+    def gain(name: str) -> list[float]:
+        return [a - b for a, b in zip(two[name], none[name], strict=True)]
+
+    trained = [value >= LEARNT for value in none["pairs in one block"]]
+
+    def ahead(claim: str, name: str, **texts: str) -> Finding:
+        made = finding(claim, control, gain(name), lambda v: v >= 1, unit=unit, **texts)
+        return replace(made, passed=tuple(a and b for a, b in zip(made.passed, trained, strict=True)))
+
     return [
-        finding(
-            "Two dots in one block or in neighbouring ones, distance 1 or more: a halo of 2 beats none.",
-            "at least 1 point",
-            gain("all pairs"),
-            lambda v: v >= 1,
-            paper="a halo of 3 gains accuracy over none, then it saturates (ImageNet)",
-            unit=unit,
-            note=f"{written}. One attention block behind a 1 x 1 convolution, 12 x 12 pixels, blocks of 4, {steps} "
-            f"steps of 32 images; rates are the better of {RATES} on validation images, h = 2 {chosen[2]}, "
-            f"h = 0 {chosen[0]}. {HISTORY}",
+        ahead(
+            "Two dots in one block or in neighbouring ones, distance 1 or more: a halo of 2 beats none.", "all pairs",
+            paper="a halo of 3 gains accuracy over none, then it saturates (ImageNet)", note=note,
         ),
-        finding(
-            "The gain is made on pairs across a border.", "at least 1 point", gain("pairs across a border"),
-            lambda v: v >= 1, unit=unit,
-        ),
+        ahead("The gain is made on pairs across a border.", "pairs across a border"),
         finding(
             "Within one block a halo costs nothing.", "at least -2 points", gain("pairs in one block"),
             lambda v: v >= -2, unit=unit,
@@ -148,8 +168,8 @@ def _across_borders(settings: Settings) -> list[Finding]:
         finding(
             "The network without a halo has learnt the task within one block, so that what it is compared with is no "
             "failed training.",
-            "at least 80 %", scores[0]["pairs in one block"], lambda v: v >= 80, unit="% right within one block, h = 0",
-            note="Where this fails, the gains above say nothing about halos.",
+            f"at least {LEARNT:g} %", none["pairs in one block"], lambda v: v >= LEARNT,
+            unit="% right within one block, h = 0", note="A seed that fails here counts against the gains above.",
         ),
     ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from cenote.reproductions.base import Finding, Reproduction, Settings, finding
 from cenote.reproductions.ponet_cost import cost_findings
 from cenote.reproductions.ponet_exact import exact_findings
 from cenote.reproductions.ponet_figure import draw_ponet
-from cenote.reproductions.ponet_keyword import MODELS, keyword_accuracy
+from cenote.reproductions.ponet_keyword import MODELS, RATES, keyword_accuracies
 from cenote.reproductions.ponet_pretraining import Documents, novels, pre_train, stories
 
 CLAIM = (
@@ -25,12 +25,16 @@ Accuracies = dict[str, list[float]]
 def run(settings: Settings) -> list[Finding]:
     found: list[Finding] = []
     steps = 300 if settings.quick else 800
-    accuracies: Accuracies = {name: [] for name in MODELS}
-    for seed in settings.seeds:
-        settings.progress(f"a keyword far from the class token, seed {seed}")
-        for name, mixer in MODELS.items():
-            accuracies[name].append(keyword_accuracy(mixer, seed, steps))
-    found += accuracy_findings(accuracies, "a keyword far from the class token", central=True)
+    accuracies: Accuracies = {}
+    rates: dict[str, float] = {}
+    for name, mixer in MODELS.items():
+        settings.progress(f"a keyword far from the class token: {name}")
+        accuracies[name], rates[name] = keyword_accuracies(mixer, settings.seeds, steps)
+    protocol = (
+        f"{steps} steps of 32 new texts; each has the better of the rates {RATES} on validation texts of the first "
+        f"seed: {', '.join(f'{name} {rate:g}' for name, rate in rates.items())}"
+    )
+    found += accuracy_findings(accuracies, "a keyword far from the class token", protocol, central=True)
     folder = None if settings.quick else settings.data_dir
     settings.progress("pre-training on generated stories")
     found += pre_training_findings("generated stories", *stories(1500, 0), settings.seeds, 300)
@@ -41,7 +45,7 @@ def run(settings: Settings) -> list[Finding]:
     return [*found, *cost_findings(), *exact_findings()]
 
 
-def accuracy_findings(accuracies: Accuracies, task: str, central: bool = False) -> list[Finding]:
+def accuracy_findings(accuracies: Accuracies, task: str, protocol: str = "", central: bool = False) -> list[Finding]:
     """PoNet against attention, a model that sees one token at a time, and itself with one pooling fewer."""
 
     def lead(one: str, other: str) -> list[float]:
@@ -57,8 +61,8 @@ def accuracy_findings(accuracies: Accuracies, task: str, central: bool = False) 
             lambda v: v >= -3,
             paper="95.7 % of BERT's average on GLUE" if central else "",
             unit="points of accuracy",
-            note=f"Mean accuracy in per cent, read at the class token: {means}. All are trained alike; "
-            "attention may need more steps.",
+            note=f"Mean accuracy in per cent, read at the class token: {means}. {protocol}. Where attention has not "
+            "learnt the task, this says that PoNet learns it in fewer steps, not that it ends up higher.",
         ),
         finding(
             f"On {task} PoNet is ahead of the same network without mixing.",

@@ -65,7 +65,7 @@ def _linear_time() -> Finding:
     )
 
 
-class _Largest(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):
     """The most numbers that any tensor made inside has."""
 
     numel = 0
@@ -82,7 +82,7 @@ def _memory() -> Finding:
     largest = []
     for tokens in (512, 1024):
         q, k, v = (torch.randn(1, 1, tokens, 16, requires_grad=True) for _ in range(3))
-        with _Largest() as seen:
+        with LargestTensor() as seen:
             local_polynomial(q, k, v, solver="cg", iterations=4, block=64).sum().backward()
         largest.append(seen.numel)
     return finding(

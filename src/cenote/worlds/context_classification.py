@@ -246,8 +246,8 @@ class ContextClassification(World[LabelledContexts]):
         uniform = torch.rand(*shape, self.pairs + 1, generator=generator, dtype=torch.float64)
         classes = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp_max(self.num_classes - 1)
         while self.exclude_target and bool((again := classes[..., :-1] == classes[..., -1:]).any()):
-            if self.num_classes < 2:
-                raise ValueError("a single class cannot be kept out of the context")
+            if self._frequencies[1:].sum() < 1e-6:
+                raise ValueError(f"all but one class are too rare to keep it out of the context (zipf={self.zipf})")
             fresh = torch.rand(*shape, self.pairs, generator=generator, dtype=torch.float64)
             drawn = torch.searchsorted(cumulative, fresh * cumulative[-1], right=True)
             classes[..., :-1] = torch.where(again, drawn.clamp_max(self.num_classes - 1), classes[..., :-1])

@@ -192,7 +192,12 @@ def _step(x: Tensor, y: Tensor, count: Tensor, query: Tensor, step: float, matri
 
 
 def ridge(prompts: Prompts, penalty: float) -> Float[Tensor, "*batch outputs"]:
-    """``query^T (X^T X + penalty I)^(-1) X^T y`` over real pairs: Bayes at ``penalty = features * noise``."""
+    """``query^T (X^T X + penalty I)^(-1) X^T y`` over real pairs: Bayes at ``penalty = features * noise``.
+
+    With penalty 0, as without noise, its limit: :func:`least_squares`.
+    """
+    if penalty == 0:
+        return least_squares(prompts)
     x, y, _ = valid_pairs(prompts)
     gram = x.mT @ x + penalty * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     return (prompts.query[..., None, :] @ torch.linalg.solve(gram, x.mT @ y)).squeeze(-2)

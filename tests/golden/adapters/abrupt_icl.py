@@ -17,8 +17,10 @@ def run(case: Case) -> dict[str, Tensor]:
         raise ValueError(f"unknown target {case.target!r}")
     if set(case.config) != SETTINGS:
         raise ValueError(f"unknown or missing settings: {sorted(set(case.config) ^ SETTINGS)}")
-    config, inputs, targets = case.config, case.inputs["inputs"], case.inputs["labels"].long()
-    network = InductionNetwork(inputs.shape[-1], config["L"], config["D"], config["layers"], config["mlp_layers"])
+    config, inputs, targets = case.config, case.inputs["inputs"].double(), case.inputs["labels"].long()
+    network = InductionNetwork(
+        inputs.shape[-1], config["L"], config["D"], config["layers"], config["mlp_layers"]
+    ).double()
     network.load_state_dict(case.state)
     trace = network.trace(inputs)
     loss = F.cross_entropy(trace.logits, targets)

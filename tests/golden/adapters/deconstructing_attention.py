@@ -30,7 +30,8 @@ def run(case: Case) -> dict[str, Tensor]:
     model = DeconstructedQwen2ForCausalLM(config).eval()
     own = model.state_dict()
     fixed = {name: value[: config.fixed_rows] for name, value in fixed.items() if name in own}
-    model.load_state_dict({**case.state, **fixed})
+    tied = {"lm_head.weight": case.state["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
+    model.load_state_dict({**tied, **case.state, **fixed})
     mask = case.inputs.get("attention_mask")
     out = model(case.inputs["input_ids"].long(), mask, output_attentions=True, use_cache=False)
     maps = [

@@ -38,7 +38,7 @@ def run(case: Case) -> dict[str, Tensor]:
     ]
     model = HaloNet(
         stages,
-        stem=config["stem_type"],
+        stem=config["stem_type"] or "3x3",
         stem_width=config["stem_chs"],
         act=config["act"],
         num_features=config["num_features"] or None,

@@ -18,9 +18,9 @@ def run(case: Case) -> dict[str, Tensor]:
     if set(case.config) != SETTINGS:
         raise ValueError(f"unknown or missing settings: {sorted(set(case.config) ^ SETTINGS)}")
     features, length, noise = (case.config[key] for key in ("d", "context", "noise_var"))
-    given = case.inputs
+    given = {name: each.double() for name, each in case.inputs.items()}  # the reference is in double precision
     prompts = Prompts(given["x"], given["y"], given["x_query"], given["y_query"], given["mask"].bool())
-    model = RegressionAttention(features, case.config["heads"], case.config["n_out"])
+    model = RegressionAttention(features, case.config["heads"], case.config["n_out"]).double()
     model.load_state_dict(case.state)
     prediction, attention = model(prompts, return_attention=True)
     step = debiased_step(features, length, noise)

@@ -57,6 +57,8 @@ def model(case: Case) -> dict[str, Tensor]:
         raise ValueError(f"keys that do not fit: {lost}")
     host.tie_weights()
     given = dict(case.inputs)
+    # The published form, in which padding in front counts into the positions.
+    given["position_ids"] = torch.arange(given["input_ids"].shape[1]).expand_as(given["input_ids"])
     out = host(**given, output_hidden_states=True)
     return {
         "embeddings": out.hidden_states[0],
