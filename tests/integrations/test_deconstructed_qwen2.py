@@ -252,12 +252,12 @@ def test_gradients_flow_through_both_streams(variant):
         direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)).double()
         slope = (torch.autograd.grad(loss, weight)[0] * direction).sum()
         ends = []
-        for step in (1e-5, -1e-5):
+        for step in (1e-3, -1e-3):  # the host's norms compute in single precision
             with torch.no_grad():
                 weight.add_(step * direction)
                 ends.append(exact(draw()).logits.square().mean())
                 weight.sub_(step * direction)
-        close(slope, (ends[0] - ends[1]) / 2e-5, 1e-5)
+        assert slope.item() == pytest.approx((ends[0] - ends[1]).item() / 2e-3, rel=0.01, abs=2e-3)
     model.zero_grad()
     model.gradient_checkpointing_enable()
     model(draw(), labels=draw()).loss.backward()

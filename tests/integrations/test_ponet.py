@@ -290,6 +290,8 @@ def test_bad_input():
         model(ids, attention_mask=torch.zeros_like(mask))
     with pytest.raises(ValueError, match=r"expected attention_mask of shape \(2, 8\), got \(2, 5\)"):
         model(ids, attention_mask=mask[:, :5])
+    with pytest.raises(ValueError, match="got an additive one"):
+        model(ids, attention_mask=(1 - mask.float()) * -1e4)
     with pytest.raises(ValueError, match=r"expected special_mask of shape \(2, 8\), got \(2, 1\)"):
         model(ids, special_mask=mask[:, :1])
     with pytest.raises(TypeError, match="head_mask"):

@@ -164,6 +164,9 @@ class PoNetModel(PoNetPreTrainedModel):
         for name, value in (("attention_mask", attention_mask), ("special_mask", special_mask)):
             if value is not None and value.shape != given.shape[:2]:
                 raise ValueError(f"expected {name} of shape {tuple(given.shape[:2])}, got {tuple(value.shape)}")
+        additive = attention_mask is not None and attention_mask.is_floating_point()
+        if additive and not torch.compiler.is_compiling() and bool((attention_mask < 0).any()):
+            raise ValueError("expected an attention_mask of 1 for real tokens and 0 for padding, got an additive one")
         mask = None if attention_mask is None else attention_mask.bool()
         context = self._context(input_ids, segment_ids, special_mask, mask)
         if position_ids is None and mask is not None:
