@@ -214,4 +214,8 @@ def test_mini_batches_are_the_loop_wherever_the_sequence_is_cut(size):
 def test_mini_batches_of_one_token_are_the_delta_rule():
     q, k, v, _ = numbers(9)
     beta = steps(9)
-    torch.testing.assert_close(recurrences.mini_batch(q, k, v, beta, 1), recurrences.delta(q, k, v, beta))
+    zero = torch.zeros(B, H, K, V, dtype=torch.float64)
+    out, (now, _, _) = chunk_mini_batch(
+        q, k, v, beta, (zero, zero, torch.zeros(B, H, dtype=torch.long)), batch_tokens=1
+    )
+    torch.testing.assert_close((out, now), recurrences.delta(q, k, v, beta))

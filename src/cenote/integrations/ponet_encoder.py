@@ -164,10 +164,7 @@ class PoNetModel(PoNetPreTrainedModel):
         for name, value in (("attention_mask", attention_mask), ("special_mask", special_mask)):
             if value is not None and value.shape != given.shape[:2]:
                 raise ValueError(f"expected {name} of shape {tuple(given.shape[:2])}, got {tuple(value.shape)}")
-        additive = attention_mask is not None and attention_mask.is_floating_point()
-        if additive and not torch.compiler.is_compiling() and bool((attention_mask < 0).any()):
-            raise ValueError("expected an attention_mask of 1 for real tokens and 0 for padding, got an additive one")
-        mask = None if attention_mask is None else attention_mask.bool()
+        mask = None if attention_mask is None else _real_tokens(attention_mask)
         context = self._context(input_ids, segment_ids, special_mask, mask)
         if position_ids is None and mask is not None:
             position_ids = positions_of(mask)
@@ -223,3 +220,11 @@ def finish(model: PreTrainedModel, out: Any, return_dict: bool | None) -> Any:
     """The output, or a tuple of what it holds where that is asked for."""
     wanted = model.config.return_dict if return_dict is None else return_dict
     return out if wanted else out.to_tuple()
+
+
+def _real_tokens(attention_mask: Tensor) -> Tensor:
+    """A boolean mask from one of 1 and 0 of any type; ``ValueError`` for one that would be added to scores."""
+    checked = attention_mask.is_floating_point() and not torch.compiler.is_compiling()
+    if checked and bool((attention_mask < 0).any()):
+        raise ValueError("expected an attention_mask of 1 for real tokens and 0 for padding, got an additive one")
+    return attention_mask.bool()
