@@ -46,8 +46,8 @@ REFERENCE = {
                "mixing.fan", "mixing.regressor"),
     "worlds": ("worlds.base", "worlds.recall", "worlds.copying", "worlds.listops", "worlds.characters",
                "worlds.models", "worlds.training", "worlds.linear_regression", "worlds.linear_regression_theory",
-               "worlds.regression_attention", "worlds.regression_reduction", "worlds.context_classification",
-               "worlds.induction", "worlds.induction_training", "worlds.induction_theory"),
+               "worlds.regression_attention", "worlds.regression_reduction", "worlds.induction",
+               "worlds.induction_training", "worlds.induction_theory"),
     "integrations": ("integrations.sentence_transformers", "integrations.nv_embed_model", "integrations.nv_embed_text",
                      "integrations.nv_embed", "integrations.pyg", "integrations.sklearn", "integrations.timm",
                      "integrations.hub", "integrations.ray", "integrations.ponet", "integrations.poolformer",
@@ -172,9 +172,8 @@ def _mixers(shown: set[str]) -> list[str]:
 
 
 def reference_page(room: str, modules: tuple[str, ...]) -> str:
-    """Public names of a room's main modules, without those that the page of a family shows a system from."""
-    shown = {system.entry_point.partition(":")[0] for system in SYSTEMS}
-    there = [m for m in modules if f"cenote.{m}" not in shown]
+    """Public names of a room's main modules; those that do not exist yet are left out."""
+    there = [m for m in modules if (ROOT / "src" / "cenote" / f"{m.replace('.', '/')}.py").exists()]
     return "\n".join([f"# {room.capitalize()}", "", *(f"## {m}\n\n::: cenote.{m}\n" for m in there)])
 
 
