@@ -35,7 +35,7 @@ def golden_findings(paper: str) -> list[Finding]:
     note = "Share of the tolerance by file: " + ", ".join(f"{name} {share:.2g}" for name, share in shares.items()) + "."
     return [
         finding(
-            f"All outputs of the {len(shares)} reference files made by the official code are met.",
+            f"All outputs of the reference files ({len(shares)}) are met.",
             "at most 1 (share of each file's tolerance)",
             max(shares.values()),
             lambda share: share <= 1,
