@@ -10,6 +10,7 @@ from cenote.worlds.characters import CharacterText
 from cenote.worlds.copying import FixedOffsetCopy
 from cenote.worlds.listops import SYMBOLS, ListOps, evaluate, to_text
 from cenote.worlds.recall import AssociativeRecall
+from cenote.worlds.training import fit_sequences
 
 WORLDS = [AssociativeRecall(), AssociativeRecall(pairs=5, queries=2, shuffled=False), FixedOffsetCopy(), ListOps()]
 TEXT = "the cat sat on the mat and the rat sat on the hat. " * 40
@@ -141,3 +142,16 @@ def test_counting_predicts_as_counts_do():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_training_that_diverges_says_so():
+    class Exploding(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(64))
+
+        def forward(self, symbols):
+            return (self.weight / 0).expand(*symbols.shape, 64)
+
+    with pytest.raises(FloatingPointError, match="diverged at step 0"):
+        fit_sequences(Exploding(), FixedOffsetCopy(), steps=3)

@@ -36,6 +36,9 @@ def fit_sequences(
         seed: of the batches; the model's start is the caller's.
         forward: calls the model where symbols alone do not do.
         watch: told step and loss after every update.
+
+    Raises:
+        FloatingPointError: loss or gradient are no longer finite.
     """
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
@@ -48,7 +51,11 @@ def fit_sequences(
         loss = F.cross_entropy(logits.flatten(0, 1), examples.targets.flatten(), ignore_index=IGNORE)
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if not bool(loss.isfinite() & norm.isfinite()):
+            raise FloatingPointError(
+                f"training diverged at step {step}: loss {loss.item():g}, gradient {norm.item():g}"
+            )
         optimiser.step()
         schedule.step()
         if watch is not None:
