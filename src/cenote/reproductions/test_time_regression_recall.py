@@ -88,8 +88,8 @@ def curve_findings(settings: Settings) -> list[Finding]:
             lambda v: v >= least,
             paper="no number",
             unit=f"share of the answers, {most} pairs",
-            note=f"{curve(rule)} 500 steps whatever the rule: what is slow to learn shows as low, and nan is a training "
-            "that diverged.",
+            note=f"{curve(rule)} 500 steps whatever the rule: what is slow to learn shows as low; nan where training "
+            "diverged.",
         )
         for rule, share in curves.items()
         if rule != "linear_attention"
