@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from cenote.integrations.deconstructed_qwen2_cache import OUTPUT
 from cenote.integrations.deconstructed_qwen2_config import DeconstructedQwen2Config
 from cenote.integrations.deconstructed_qwen2_model import DeconstructedQwen2Model, DeconstructedQwen2PreTrainedModel
 
@@ -77,24 +78,22 @@ class DeconstructedQwen2ForCausalLM(DeconstructedQwen2PreTrainedModel, Generatio
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **loss_settings: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits ``(batch, tokens, vocabulary)`` and, with ``labels``, the next-token loss."""
         inner = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_attentions,
-            output_hidden_states,
+            output_hidden_states, cache=cache,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(inner.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **loss_settings)
+        past: dict[str, Any] = {OUTPUT: getattr(inner, OUTPUT)}
         result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=inner.past_key_values,
-            hidden_states=inner.hidden_states,
-            attentions=inner.attentions,
+            loss=loss, logits=logits, hidden_states=inner.hidden_states, attentions=inner.attentions, **past
         )
         return result.to_tuple() if return_dict is False else result
 

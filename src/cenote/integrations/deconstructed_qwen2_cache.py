@@ -7,8 +7,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cenote.integrations.deconstructed_qwen2_config import FIXED
+
+OUTPUT = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache in a model's output; the name changed with version 5.24."""
 
 
 class ValueLayer(DynamicLayer):

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 
-from cenote.integrations.deconstructed_qwen2_cache import DeconstructedCache
+from cenote.integrations.deconstructed_qwen2_cache import OUTPUT, DeconstructedCache
 from cenote.integrations.deconstructed_qwen2_config import FIXED, DeconstructedQwen2Config
 from cenote.integrations.deconstructed_qwen2_layers import DeconstructedQwen2Layer, Pass
 from cenote.integrations.deconstructed_qwen2_streams import (
@@ -34,7 +34,7 @@ class DeconstructedQwen2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeconstructedQwen2Layer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be taken back, as assisted generation would have to
@@ -88,6 +88,7 @@ class DeconstructedQwen2Model(DeconstructedQwen2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **unused: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states behind the last norm; see :class:`DeconstructedQwen2ForCausalLM`."""
@@ -99,7 +100,7 @@ class DeconstructedQwen2Model(DeconstructedQwen2PreTrainedModel):
         cached = (self.config.use_cache if use_cache is None else use_cache) and not (
             self.gradient_checkpointing and self.training
         )
-        past = self._past(past_key_values, cached)
+        past = self._past(past_key_values if cache is None else cache, cached)
         seen = 0 if past is None else past.get_seq_length()
         layers = self._active()
         run = self._run(layers, hidden, attention_mask, position_ids, past, weights)
@@ -113,11 +114,12 @@ class DeconstructedQwen2Model(DeconstructedQwen2PreTrainedModel):
             collected.append(hidden)
             attentions.append(attention)
         hidden = self.norm(hidden)
+        kept: dict[str, Any] = {OUTPUT: past}
         result = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past,
             hidden_states=(*collected[:-1], hidden) if states else None,
             attentions=tuple(attentions) if weights else None,
+            **kept,
         )
         return result.to_tuple() if return_dict is False else result
 

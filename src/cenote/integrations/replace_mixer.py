@@ -43,14 +43,15 @@ class HostedMixer(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *positional: Any,
+        cache: Any = None,
         past_key_values: Any = None,
         layer_past: Any = None,
         attn_mask: Tensor | None = None,
         mask: Tensor | None = None,
         **others: Any,
     ) -> Any:
-        # Every host has its own names for these two.
-        cache = past_key_values if past_key_values is not None else layer_past
+        # Hosts and versions of transformers have their own names for these two.
+        cache = next((each for each in (cache, past_key_values, layer_past) if each is not None), None)
         mask = next((each for each in (attention_mask, attn_mask, mask) if each is not None), None)
         context = self._shared[0].context_of(hidden_states)
         if cache is None:
