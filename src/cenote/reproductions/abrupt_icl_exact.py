@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from cenote.reproductions.base import Finding, finding
+from cenote.reproductions.base import Finding, at_most, finding
 from cenote.reproductions.golden import golden_findings
 from cenote.worlds.context_classification import ContextClassification
 from cenote.worlds.induction import InductionNetwork
@@ -74,8 +74,8 @@ def _attention() -> list[Finding]:
     ahead = max(float(weights.triu(1).abs().max()) for weights in trace.attention)
     rows = max(float((weights.sum(dim=-1) - 1).abs().max()) for weights in trace.attention)
     return [
-        _at_most("No token attends to a later one.", ahead, 0, "largest attention ahead"),
-        _at_most("Attention rows sum to one.", rows, 1e-5, "max abs difference"),
+        at_most("No token attends to a later one.", ahead, 0, "largest attention ahead"),
+        at_most("Attention rows sum to one.", rows, 1e-5, "max abs difference"),
     ]
 
 
@@ -94,18 +94,14 @@ def _phenomenological() -> list[Finding]:
         rows.append(f"L={labels}: {', '.join(f'{time:g}' for time in found)}")
     still = float(abs(descend(PAIRS, PAIRS).states).max())
     return [
-        _at_most("At the origin the loss falls by xi with slope -(L - N) / (L (2N + 1)).", max(slopes), 1e-12),
-        _at_most("At the origin all other slopes are 0, and that of xi too when L = N.", max(others), 1e-12),
-        _at_most(
+        at_most("At the origin the loss falls by xi with slope -(L - N) / (L (2N + 1)).", max(slopes), 1e-12),
+        at_most("At the origin all other slopes are 0, and that of xi too when L = N.", max(others), 1e-12),
+        at_most(
             "Descent from the origin with eight pairs keeps the stated times.",
             max(away),
             2,
             "% away, worst of 12",
             "First below 0.99 ln L, 1.02 ln N, ln N / 2 and 0.1: " + "; ".join(rows) + ".",
         ),
-        _at_most("With as many labels as pairs it never leaves the origin.", still, 0, "largest parameter"),
+        at_most("With as many labels as pairs it never leaves the origin.", still, 0, "largest parameter"),
     ]
-
-
-def _at_most(claim: str, value: float, bound: float, unit: str = "max abs difference", note: str = "") -> Finding:
-    return finding(claim, f"at most {bound:.3g}", value, lambda v: v <= bound, unit=unit, note=note)

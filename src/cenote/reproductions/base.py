@@ -84,6 +84,11 @@ def finding(
     return Finding(claim, expected, numbers, tuple(bool(rule(v)) for v in numbers), paper, unit, note)
 
 
+def at_most(claim: str, value: float, bound: float, unit: str = "max abs difference", note: str = "") -> Finding:
+    """A finding of one value that holds up to ``bound``."""
+    return finding(claim, f"at most {bound:.3g}", value, lambda v: v <= bound, unit=unit, note=note)
+
+
 @dataclass(frozen=True)
 class Reproduction:
     """What a file ``reproductions/<slug>.py`` offers as ``REPRODUCTION``.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cenote.inspection import CoStarr
 from cenote.ops.open_set import auoscr, auroc, best_threshold, metric_cosine, open_set_accuracy, oscr_curve
-from cenote.reproductions.base import Finding, finding
+from cenote.reproductions.base import Finding, at_most, finding
 from cenote.reproductions.golden import golden_findings
 
 
@@ -40,7 +40,7 @@ def _identity(weight: Tensor, test: Tensor) -> list[Finding]:
     m = x.roll(7, dims=0)
     joined = torch.cosine_similarity(torch.cat([x, w * x], dim=1), torch.cat([m, w * m], dim=1))
     away = float((metric_cosine(x, m, 1 + w.square()) - joined).abs().max())
-    return [_at_most("The cosine of the joined halves is a cosine of the feature in the metric 1 + W^2.", away, 1e-12)]
+    return [at_most("The cosine of the joined halves is a cosine of the feature in the metric 1 + W^2.", away, 1e-12)]
 
 
 def _invariances(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor, test: Tensor) -> list[Finding]:
@@ -55,16 +55,16 @@ def _invariances(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor,
     plain, scaled = (CoStarr(weight, confidence="none").fit(x, labels).score(test) for x in (features, stretched))
     similarity = torch.cat([plain, CoStarr(weight, confidence="none").fit(features, labels).score(-100 * test)])
     return [
-        _at_most("Batches and the order of training items change no score.", _away(shuffled.score(test), scores), 1e-5),
-        _at_most("Permuting the classes changes no score.", _away(permuted.score(test), scores), 1e-5),
-        _at_most(
+        at_most("Batches and the order of training items change no score.", _away(shuffled.score(test), scores), 1e-5),
+        at_most("Permuting the classes changes no score.", _away(permuted.score(test), scores), 1e-5),
+        at_most(
             "Permuting the classes permutes the predicted labels and nothing else.",
             float((renamed != whole.predict(test, -1e9)).sum()),
             0,
             "labels that differ",
         ),
-        _at_most("Scaling the items of one class leaves its template's direction.", _away(scaled, plain), 1e-5),
-        _at_most(
+        at_most("Scaling the items of one class leaves its template's direction.", _away(scaled, plain), 1e-5),
+        at_most(
             "The shifted similarity lies between 0 and 1.",
             max(0.0, float(-similarity.min()), float(similarity.max()) - 1),
             0,
@@ -89,9 +89,9 @@ def _measures() -> list[Finding]:
         smallest = next(t for t in candidates if open_set_accuracy(scores, guesses, labels, t) >= best - 1e-12)
         thresholds.append(0.0 if found == smallest and abs(value - best) < 1e-12 else 1.0)
     return [
-        _at_most("AUOSCR is AUROC where all knowns are classified correctly.", max(gaps), 1e-12),
-        _at_most("AUOSCR is at most the closed-set accuracy.", max(above), 0, "above it"),
-        _at_most(
+        at_most("AUOSCR is AUROC where all knowns are classified correctly.", max(gaps), 1e-12),
+        at_most("AUOSCR is at most the closed-set accuracy.", max(above), 0, "above it"),
+        at_most(
             "The threshold search of OOSA finds what brute force finds, the smallest of equals.",
             sum(thresholds),
             0,
@@ -102,7 +102,3 @@ def _measures() -> list[Finding]:
 
 def _away(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
-
-
-def _at_most(claim: str, value: float, bound: float, unit: str = "max abs difference") -> Finding:
-    return finding(claim, f"at most {bound:.3g}", value, lambda v: v <= bound, unit=unit)

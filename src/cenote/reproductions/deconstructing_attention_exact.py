@@ -14,7 +14,7 @@ from cenote.integrations.deconstructed_qwen2 import DeconstructedQwen2Config, De
 from cenote.integrations.deconstructed_qwen2_config import FIXED, VARIANTS
 from cenote.ops.key_softmax import key_logits, key_softmax_chunk, key_softmax_weights
 from cenote.ops.taylor_attention import taylor_attention, taylor_attention_chunk, taylor_weights
-from cenote.reproductions.base import Finding, finding
+from cenote.reproductions.base import Finding, at_most, finding
 from cenote.reproductions.golden import golden_findings
 from cenote.reproductions.timing import time_ratio
 
@@ -65,7 +65,7 @@ def _causal() -> Finding:
         for variants in (variant, [variant, "standard"] * (LAYERS // 2)):
             model = small_model(variants)
             worst = max(worst, _away(model(ids).logits[:, :12], model(changed).logits[:, :12]))
-    return _at_most("In all variants, uniform and hybrid, later tokens change no earlier logit.", worst, 1e-5)
+    return at_most("In all variants, uniform and hybrid, later tokens change no earlier logit.", worst, 1e-5)
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def _rows() -> Finding:
         for weights in model(_symbols(2, 20), output_attentions=True).attentions:
             if weights is not None:
                 worst = max(worst, float((weights.sum(dim=-1) - 1).abs().max()))
-    return _at_most("Rows of every map sum to 1.", worst, 1e-5, "away from 1")
+    return at_most("Rows of every map sum to 1.", worst, 1e-5, "away from 1")
 
 
 def _parameters() -> list[Finding]:
@@ -88,8 +88,8 @@ def _parameters() -> list[Finding]:
     others = [abs(counts[v] - counts["standard"]) for v in VARIANTS if v != "mlp"]
     claim = "At the paper's 70M size all variants with queries and keys have the same number of parameters."
     return [
-        _at_most(claim, max(others), 0, "parameters apart"),
-        _at_most(
+        at_most(claim, max(others), 0, "parameters apart"),
+        at_most(
             "At the paper's 70M size the MLP variant has as many parameters.",
             100 * abs(counts["mlp"] / counts["standard"] - 1),
             0.2,
@@ -114,7 +114,7 @@ def _recurrence() -> list[Finding]:
             _away(steps, whole), *(_away(a, b) / float(b.abs().max()) for a, b in zip(got, wanted, strict=True))
         )
         claim = f"{name}, token by token from its state, equals the whole map: values, and gradients by their largest."
-        findings.append(_at_most(claim, apart, 1e-5))
+        findings.append(at_most(claim, apart, 1e-5))
     return findings
 
 
@@ -157,9 +157,9 @@ def _fixed_maps() -> list[Finding]:
             )
         same = max(same, *(_away(a, b) for a, b in zip(one, other, strict=True)))
     return [
-        _at_most("Cached fixed maps give the logits of uncached ones.", cached, 1e-6),
-        _at_most("Fixed maps are identical for any input and batch.", same, 0),
-        _at_most(
+        at_most("Cached fixed maps give the logits of uncached ones.", cached, 1e-6),
+        at_most("Fixed maps are identical for any input and batch.", same, 0),
+        at_most(
             "With cached maps a second forward pass forms no queries or keys, hence none of their products.",
             asked,
             0,
@@ -181,7 +181,7 @@ def _polynomial() -> list[Finding]:
     explicit, _ = both(8**-0.5)
     gaps = [_away(taylor_attention(query, key, value, scale=scale), both(scale)[1]) for scale in (0.02, 0.01)]
     return [
-        _at_most(
+        at_most(
             "Joint Taylor equals attention with 1 + s + s^2/2 for exp(s).",
             _away(taylor_attention_chunk(query, key, value)[0], explicit),
             1e-10,
@@ -231,7 +231,3 @@ def _next_token(model: DeconstructedQwen2ForCausalLM, past: Cache | None) -> Cal
 
 def _away(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max())
-
-
-def _at_most(claim: str, value: float, bound: float, unit: str = "max abs difference") -> Finding:
-    return finding(claim, f"at most {bound:.3g}", value, lambda v: v <= bound, unit=unit)

@@ -19,7 +19,7 @@ from cenote.pooling.base import Pooling
 from cenote.pooling.gem import GeM
 from cenote.pooling.ggem import GGeM
 from cenote.pooling.power_mean import PowerMeanPooling
-from cenote.reproductions.base import Finding, Reproduction, Settings, finding
+from cenote.reproductions.base import Finding, Reproduction, Settings, at_most, finding
 from cenote.reproductions.digit_encoders import PATCHES, digits, embedded, encode, masked_autoencoder
 from cenote.reproductions.fitting import Parts, converged_accuracy, trained_accuracy
 from cenote.reproductions.golden import golden_findings
@@ -205,17 +205,17 @@ def _one_exponent(x: Tensor) -> list[Finding]:
     fall = max(float((a - b).max()) for a, b in pairwise(ladder))
     scaling = max(_relative(f(p, 2.5 * x), 2.5 * f(p)) for p in exponents)
     return [
-        _at_most("In float32 the log-domain form agrees with float64 for p from 1 to 64.", single, 1e-5, "relative"),
-        _at_most("p = 1 on positive tokens is the mean.", _relative(f(1.0), x.mean(dim=1)), 1e-12, "relative"),
-        _at_most(
+        at_most("In float32 the log-domain form agrees with float64 for p from 1 to 64.", single, 1e-5, "relative"),
+        at_most("p = 1 on positive tokens is the mean.", _relative(f(1.0), x.mean(dim=1)), 1e-12, "relative"),
+        at_most(
             "p = 1000 is within ln(N)/1000 of the maximum.",
             float(((top - f(1000.0)) / top).max()),
             math.log(16) / 1000,
             "relative",
         ),
-        _at_most("The result lies between the smallest and the largest token.", outside, 1e-12, "outside by"),
-        _at_most("The result does not fall as p grows (power-mean inequality).", fall, 1e-12, "fall"),
-        _at_most("Scaling positive tokens scales the result.", scaling, 1e-12, "relative"),
+        at_most("The result lies between the smallest and the largest token.", outside, 1e-12, "outside by"),
+        at_most("The result does not fall as p grows (power-mean inequality).", fall, 1e-12, "fall"),
+        at_most("Scaling positive tokens scales the result.", scaling, 1e-12, "relative"),
     ]
 
 
@@ -231,14 +231,14 @@ def _groups(x: Tensor) -> list[Finding]:
     points = x[:2, :5].clone().requires_grad_(), values.double().requires_grad_()
     call: Callable[[Tensor, Tensor], Tensor] = lambda tokens, p: torch.func.functional_call(pool, {"p": p}, (tokens,))  # noqa: E731
     found = [
-        _at_most(
+        at_most(
             "One group, and equal exponents in all groups, are GeM.",
             max(_relative(s, gem) for s in same),
             1e-12,
             "relative",
         ),
-        _at_most("The order of the tokens changes nothing.", _relative(pool(x[:, order]), pool(x)), 1e-12, "relative"),
-        _at_most(
+        at_most("The order of the tokens changes nothing.", _relative(pool(x[:, order]), pool(x)), 1e-12, "relative"),
+        at_most(
             "A padded row with its mask pools as the row alone.",
             _relative(pool(padded, mask), pool(x)),
             1e-12,
@@ -261,7 +261,7 @@ def _groups(x: Tensor) -> list[Finding]:
         theirs = peer(x.flatten(0, 1), torch.arange(3).repeat_interleave(16))
         ours = GGeM.from_reference({"p": values}, dim=24, num_groups=6, eps=1e-12).double()(x)
         found.append(
-            _at_most(
+            at_most(
                 "PyTorch Geometric's PowerMeanAggregation with repeated exponents agrees.",
                 _relative(ours, theirs),
                 1e-9,
@@ -277,10 +277,6 @@ def _within(value: float, points: float) -> Callable[[float], bool]:
 
 def _relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs() / b.abs()).max().item()
-
-
-def _at_most(claim: str, value: float, bound: float, unit: str) -> Finding:
-    return finding(claim, f"at most {bound:.3g}", value, lambda v: v <= bound, unit=unit)
 
 
 REPRODUCTION = Reproduction("ggem", CLAIM, run, draw_rows)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cenote.reproductions.base import Finding, finding
+from cenote.reproductions.base import Finding, at_most, finding
 from cenote.reproductions.golden import golden_findings
 from cenote.worlds.linear_regression import LinearRegression, Prompts, debiased_gradient_step, gradient_step
 from cenote.worlds.linear_regression_theory import debiased_risk, debiased_step, plain_risk, plain_step
@@ -47,7 +47,7 @@ def _reduction() -> list[Finding]:
     away = planted_heads(omega, mu, 5)(prompts) - reduced_prediction(
         torch.tensor(omega, dtype=torch.float64), torch.tensor(mu, dtype=torch.float64), prompts
     )
-    return [_at_most("Heads of the emergent form are their two numbers.", _largest(away), 1e-6)]
+    return [at_most("Heads of the emergent form are their two numbers.", _largest(away), 1e-6)]
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def _invariances() -> list[Finding]:
     plain = balanced(prompts)
     moved = single(raised) - single(prompts)
     return [
-        _at_most(
+        at_most(
             "With mu summing to 0, a constant added to all labels changes nothing.",
             _largest(balanced(raised) - plain),
             1e-6,
@@ -79,8 +79,8 @@ def _invariances() -> list[Finding]:
             lambda v: v > 1,
             unit="prediction",
         ),
-        _at_most("The order of the pairs changes nothing.", _largest(balanced(mixed) - plain), 1e-6),
-        _at_most("Masked pairs change nothing.", _largest(balanced(more) - plain), 1e-6),
+        at_most("The order of the pairs changes nothing.", _largest(balanced(mixed) - plain), 1e-6),
+        at_most("Masked pairs change nothing.", _largest(balanced(more) - plain), 1e-6),
     ]
 
 
@@ -92,7 +92,7 @@ def _limit() -> list[Finding]:
     step = debiased_gradient_step(prompts, eta)
     away = float((small - step).norm() / step.norm())
     claim = "Two opposite heads of scale 0.001 are the debiased gradient step."
-    return [_at_most(claim, away, 1e-3, "relative difference")]
+    return [at_most(claim, away, 1e-3, "relative difference")]
 
 
 @torch.no_grad()
@@ -108,13 +108,9 @@ def _risks() -> list[Finding]:
             measured = float((step(prompts, best(5, length, 0.1)) - prompts.target).square().mean())
             away = 100 * abs(measured / risk(5, length, 0.1) - 1)
             claim = f"The {name} gradient step's risk at {length} pairs is the closed form's."
-            found.append(_at_most(claim, away, 4, "% away (40 000 prompts)"))
+            found.append(at_most(claim, away, 4, "% away (40 000 prompts)"))
     return found
 
 
 def _largest(difference: Tensor) -> float:
     return float(difference.abs().max())
-
-
-def _at_most(claim: str, value: float, bound: float, unit: str = "max abs difference") -> Finding:
-    return finding(claim, f"at most {bound:.3g}", value, lambda v: v <= bound, unit=unit)

@@ -9,7 +9,7 @@ from torch import Tensor
 from cenote.mixing.base import MixerContext
 from cenote.mixing.ponet import PoNet
 from cenote.ops.segments import segment_max
-from cenote.reproductions.base import Finding, finding
+from cenote.reproductions.base import Finding, at_most, finding
 from cenote.reproductions.golden import golden_findings
 
 DIM, HEADS, TOKENS = 24, 4, 20
@@ -47,7 +47,7 @@ def _published() -> list[Finding]:
     own = {name for name in model.state_dict() if name != "cls.predictions.decoder.bias"}  # tied to predictions.bias
     differ = own ^ published_keys(model.config.num_hidden_layers)
     return [
-        _at_most(
+        at_most(
             "The pre-training model of base size has the published names and no others.", len(differ), 0, "names differ"
         )
     ]
@@ -78,8 +78,8 @@ def _padding(mixer: PoNet, tokens: Tensor) -> list[Finding]:
         away.append(_away(mixed[:, place], alone))
         left.append(float(mixed[~mask].abs().max()))
     return [
-        _at_most("Padding of any content, behind or in front, changes no real token.", max(away), 1e-5),
-        _at_most("Padding comes out as 0.", max(left), 0, "largest entry"),
+        at_most("Padding of any content, behind or in front, changes no real token.", max(away), 1e-5),
+        at_most("Padding comes out as 0.", max(left), 0, "largest entry"),
     ]
 
 
@@ -93,9 +93,9 @@ def _guard(mixer: PoNet, tokens: Tensor) -> list[Finding]:
     moved = _away(before.overall.vector, after.overall.vector)
     special = _special()
     return [
-        _at_most("A changed token leaves both maxima of other sentences as they were.", behind, 0),
+        at_most("A changed token leaves both maxima of other sentences as they were.", behind, 0),
         finding("It moves the global vector.", "above 0", moved, lambda v: v > 0, unit="max abs difference"),
-        _at_most(
+        at_most(
             "Class and separator tokens get the global part alone.",
             float(torch.cat([before.segment[special], before.local[special]]).abs().max()),
             0,
@@ -109,8 +109,8 @@ def _segments(mixer: PoNet, tokens: Tensor) -> list[Finding]:
     single = mixer.pools(tokens, None, MixerContext(segment_ids=torch.arange(TOKENS).expand(3, -1))).segment
     assert whole is not None and single is not None and mixer.dense_segment is not None  # noqa: PT018
     return [
-        _at_most("One segment over all makes the segment maximum equal at all tokens.", _away(whole, whole[:, :1]), 0),
-        _at_most("Segments of one token keep the tokens' own values.", _away(single, mixer.dense_segment(tokens)), 0),
+        at_most("One segment over all makes the segment maximum equal at all tokens.", _away(whole, whole[:, :1]), 0),
+        at_most("Segments of one token keep the tokens' own values.", _away(single, mixer.dense_segment(tokens)), 0),
     ]
 
 
@@ -130,18 +130,14 @@ def _maxima() -> list[Finding]:
     readers = F.one_hot(ids, TOKENS).sum(dim=1).gather(1, ids)  # tokens of each token's segment
     wanted = (values == plain) * readers[..., None]
     return [
-        _at_most(
+        at_most(
             "The segment maximum by scatter, by sorting and by brute force agree.",
             max(_away(pooled.detach(), plain), _away(pooled.detach(), torch.stack(reduced))),
             0,
         ),
-        _at_most("The gradient of a segment maximum goes to the maximal token alone.", _away(gradient, wanted), 0),
+        at_most("The gradient of a segment maximum goes to the maximal token alone.", _away(gradient, wanted), 0),
     ]
 
 
 def _away(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
-
-
-def _at_most(claim: str, value: float, bound: float, unit: str = "max abs difference") -> Finding:
-    return finding(claim, f"at most {bound:.3g}", value, lambda v: v <= bound, unit=unit)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cenote.mixing import MetaFormerBlock, create_mixer
 from cenote.mixing.poolformer import StagedMetaFormer, poolformer
 from cenote.mixing.poolformer_keys import convert, official_to_timm, official_to_transformers
-from cenote.reproductions.base import Finding, finding
+from cenote.reproductions.base import Finding, at_most
 from cenote.reproductions.golden import golden_findings
 
 PARAMETERS = {"s12": 11_915_176, "s24": 21_388_968, "s36": 30_862_760, "m36": 56_172_520, "m48": 73_473_448}
@@ -38,8 +38,8 @@ def _names() -> list[Finding]:
         back = convert(there, "transformers", "official")
         changed += len(back.keys() ^ state.keys()) + sum(back[key] is not value for key, value in state.items())
     return [
-        _at_most("S12 to M48 have the published numbers of parameters.", off, 0, "parameters away"),
-        _at_most("Official names become timm's, transformers' and official ones again.", changed, 0, "names changed"),
+        at_most("S12 to M48 have the published numbers of parameters.", off, 0, "parameters away"),
+        at_most("Official names become timm's, transformers' and official ones again.", changed, 0, "names changed"),
     ]
 
 
@@ -56,10 +56,10 @@ def _mixer() -> list[Finding]:
     ]
     turned = max(_size(pool.mix_map(turn(x)) - turn(pool.mix_map(x))) for turn in turns)
     return [
-        _at_most("The pooling mixer of a constant map is 0 everywhere.", _size(pool.mix_map(constant)), 1e-6),
-        _at_most("Away from borders it is a fixed depthwise convolution minus the identity.", _size(inner), 1e-6),
-        _at_most("It commutes with flips and quarter turns.", turned, 1e-6),
-        _at_most("A window of one cell gives 0.", _size(create_mixer("pool(pool_size=1)", dim=8).mix_map(x)), 0),
+        at_most("The pooling mixer of a constant map is 0 everywhere.", _size(pool.mix_map(constant)), 1e-6),
+        at_most("Away from borders it is a fixed depthwise convolution minus the identity.", _size(inner), 1e-6),
+        at_most("It commutes with flips and quarter turns.", turned, 1e-6),
+        at_most("A window of one cell gives 0.", _size(create_mixer("pool(pool_size=1)", dim=8).mix_map(x)), 0),
     ]
 
 
@@ -76,8 +76,8 @@ def _block() -> list[Finding]:
     )
     ones.load_state_dict(none.state_dict(), strict=False)
     return [
-        _at_most("With LayerScale 0 every block is the identity.", max(still), 0),
-        _at_most("Without LayerScale its factor is 1.", _size(ones(x) - none(x)), 1e-6),
+        at_most("With LayerScale 0 every block is the identity.", max(still), 0),
+        at_most("Without LayerScale its factor is 1.", _size(ones(x) - none(x)), 1e-6),
     ]
 
 
@@ -89,7 +89,7 @@ def _dense() -> list[Finding]:
         for image, sizes in wanted.items()
         for each, size in zip(model(torch.randn(1, 3, *image)), sizes, strict=True)
     )
-    return [_at_most("Dense outputs have strides 4, 8, 16 and 32, at odd sizes too.", wrong, 0, "maps of another size")]
+    return [at_most("Dense outputs have strides 4, 8, 16 and 32, at odd sizes too.", wrong, 0, "maps of another size")]
 
 
 def _peers() -> list[Finding]:
@@ -105,7 +105,7 @@ def _peers() -> list[Finding]:
         theirs.load_state_dict(official_to_timm(model.state_dict()))
         want = theirs.forward_features(x)
         away = _size(model.forward_features(x) - want) / _size(want)
-        found.append(_at_most("Converted weights give timm's features.", away, 1e-5, "of the largest feature"))
+        found.append(at_most("Converted weights give timm's features.", away, 1e-5, "of the largest feature"))
     if find_spec("transformers"):
         from transformers import PoolFormerConfig, PoolFormerForImageClassification
 
@@ -114,13 +114,9 @@ def _peers() -> list[Finding]:
         hugging.load_state_dict(official_to_transformers(model.state_dict()))
         logits = hugging(x).logits
         away = _size(model(x) - logits) / _size(logits)
-        found.append(_at_most("Converted weights give transformers' logits.", away, 1e-5, "of the largest logit"))
+        found.append(at_most("Converted weights give transformers' logits.", away, 1e-5, "of the largest logit"))
     return found
 
 
 def _size(x: Tensor) -> float:
     return float(x.abs().max())
-
-
-def _at_most(claim: str, value: float, bound: float, unit: str = "max abs difference") -> Finding:
-    return finding(claim, f"at most {bound:.3g}", value, lambda v: v <= bound, unit=unit)

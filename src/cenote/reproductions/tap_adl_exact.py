@@ -12,7 +12,7 @@ from cenote.mixing.rvt import RVT, RVT_SIZES, RVTBlock
 from cenote.mixing.softmax_attention import SoftmaxAttention
 from cenote.mixing.tap import TAPBlock, TokenAwarePooling
 from cenote.ops.attention_diversity import QueryKey, attention_diversification_loss, attention_similarity
-from cenote.reproductions.base import Finding, finding
+from cenote.reproductions.base import Finding, at_most, finding
 from cenote.reproductions.golden import golden_findings
 from cenote.reproductions.timing import time_ratio
 from cenote.types import Grid
@@ -67,18 +67,18 @@ def _pooling() -> list[Finding]:
     kept = TokenAwarePooling(16, 4, count_include_pad=False).eval()
     kept.load_state_dict(tap.state_dict())
     return [
-        _at_most(
+        at_most(
             "With one scale a block is its host, bit for bit.", _away(block(tokens, None, context), host(tokens)), 0
         ),
-        _at_most("A predictor forced to scale 0 leaves every token.", _away(one_hot(0).pool_map(x), x), 0),
-        _at_most("A predictor forced to scale i gives the plain dilated average.", max(plain), 1e-6),
-        _at_most("The shares of the scales sum to 1.", _away(tap.scale_probs(x).sum(dim=-1), torch.ones(1)), 1e-6),
-        _at_most(
+        at_most("A predictor forced to scale 0 leaves every token.", _away(one_hot(0).pool_map(x), x), 0),
+        at_most("A predictor forced to scale i gives the plain dilated average.", max(plain), 1e-6),
+        at_most("The shares of the scales sum to 1.", _away(tap.scale_probs(x).sum(dim=-1), torch.ones(1)), 1e-6),
+        at_most(
             "Away from the borders TAP commutes with shifts.",
             _away(shifted, tap.pool_map(x).roll((2, 1), dims=(2, 3))[inner]),
             1e-5,
         ),
-        _at_most("Without counted padding a constant map stays.", _away(kept.pool_map(flat), flat), 1e-5),
+        at_most("Without counted padding a constant map stays.", _away(kept.pool_map(flat), flat), 1e-5),
     ]
 
 
@@ -97,28 +97,28 @@ def _loss() -> list[Finding]:
     stored = (2 * query @ key.transpose(-1, -2)).softmax(dim=-1)
     streamed = attention_diversification_loss([QueryKey(query, key, 2.0)])
     return [
-        _at_most("All queries on one key: the loss is 1.", abs(float(adl([sink])) - 1), 2e-6, "away from 1"),
-        _at_most(
+        at_most("All queries on one key: the loss is 1.", abs(float(adl([sink])) - 1), 2e-6, "away from 1"),
+        at_most(
             "Groups of queries on keys of their own: 1 over the square root of their number.",
             max(abs(v - g**-0.5) for v, g in zip(values, (2, 4, 8), strict=True)),
             2e-6,
         ),
-        _at_most("Uniform attention: the loss is 0.", float(adl([uniform])), 0, "loss"),
-        _at_most(
+        at_most("Uniform attention: the loss is 0.", float(adl([uniform])), 0, "loss"),
+        at_most(
             "Uniform attention: the similarity without thresholds is 1.",
             abs(float(attention_similarity([uniform])) - 1),
             2e-6,
             "away from 1",
         ),
-        _at_most(
+        at_most(
             "The loss lies between 0 and 1.",
             max(0.0, float(-items.min()), float(items.max()) - 1),
             0,
             "outside by",
         ),
-        _at_most("An item counts the same alone and in a batch.", _away(items, alone), 1e-6),
-        _at_most("Permuting heads changes nothing.", _away(items, permuted), 1e-6),
-        _at_most("Streamed from queries and keys it is the same.", _away(streamed, adl([stored])), 1e-5),
+        at_most("An item counts the same alone and in a batch.", _away(items, alone), 1e-6),
+        at_most("Permuting heads changes nothing.", _away(items, permuted), 1e-6),
+        at_most("Streamed from queries and keys it is the same.", _away(streamed, adl([stored])), 1e-5),
     ]
 
 
@@ -133,7 +133,7 @@ def _overhead() -> list[Finding]:
     added = sum(p.numel() for name, p in model.named_parameters() if "dilation_predictor" in name)
     share = 100 * added / sum(p.numel() for p in model.parameters())
     return [
-        _at_most("TAP adds 9 C K + 9 K^2 + 2 K parameters a block.", wrong, 0, "of 9 sizes differ"),
+        at_most("TAP adds 9 C K + 9 K^2 + 2 K parameters a block.", wrong, 0, "of 9 sizes differ"),
         finding(
             "Of RVT-B with TAP, TAP's parameters are a small part.",
             "below 1 %",
@@ -163,7 +163,3 @@ def _unfolded_mean(x: Tensor, dilation: int) -> Tensor:
 
 def _away(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
-
-
-def _at_most(claim: str, value: float, bound: float, unit: str = "max abs difference") -> Finding:
-    return finding(claim, f"at most {bound:.3g}", value, lambda v: v <= bound, unit=unit)
