@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cenote.integrations.deconstructed_qwen2_config import FIXED
+from cenote.integrations.mixer_cache import MixerCacheLayer
 
 OUTPUT = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What transformers calls the cache in a model's output; the name changed with version 5.24."""
@@ -24,66 +25,6 @@ class ValueLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return 0 if self.values is None or not self.values.numel() else self.values.shape[-2]
-
-
-class StateLayer(CacheLayerMixin):
-    """A recurrent state of fixed size (a tuple of tensors with the batch in front, or nothing) and a count of tokens.
-
-    It cannot be cropped: what the sum holds of a token cannot be taken out again.
-    """
-
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.state: tuple[Tensor, ...] | None = None
-        self.tokens = 0
-
-    def advance(self, state: tuple[Tensor, ...], tokens: int) -> None:
-        """Put the state behind so many new tokens in the old one's place."""
-        self.state, self.tokens, self.is_initialized = state, self.tokens + tokens, True
-
-    def get_seq_length(self) -> int:
-        return self.tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.tokens + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("a recurrent state has neither keys nor values")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a recurrent state has neither keys nor values")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError("a recurrent state cannot forget its last tokens")
-
-    def reset(self) -> None:
-        self.state, self.tokens, self.is_initialized = None, 0, False
-
-    def offload(self) -> None: ...
-
-    def prefetch(self) -> None: ...
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda x: x[indices])
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.state is not None:
-            # A named tuple stays one.
-            make = getattr(type(self.state), "_make", type(self.state))
-            self.state = make(change(x) for x in self.state)
 
 
 class DeconstructedCache(Cache):
@@ -101,7 +42,7 @@ class DeconstructedCache(Cache):
     def _layer(variant: str) -> CacheLayerMixin:
         if variant in FIXED:
             return ValueLayer()
-        return DynamicLayer() if variant in ("standard", "static") else StateLayer()
+        return DynamicLayer() if variant in ("standard", "static") else MixerCacheLayer()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens so far, whichever layer is asked: the first may have been left out of the run."""
@@ -120,13 +61,13 @@ class DeconstructedCache(Cache):
     def state(self, layer_idx: int) -> Any:
         """The recurrent state of a layer; ``None`` for an empty past."""
         layer = self.layers[layer_idx]
-        assert isinstance(layer, StateLayer)
+        assert isinstance(layer, MixerCacheLayer)
         return layer.state
 
     def advance(self, state: tuple[Tensor, ...], tokens: int, layer_idx: int) -> None:
         """Put a layer's state behind so many new tokens in the old one's place."""
         layer = self.layers[layer_idx]
-        assert isinstance(layer, StateLayer)
+        assert isinstance(layer, MixerCacheLayer)
         layer.advance(state, tokens)
 
     def num_bytes(self) -> int:

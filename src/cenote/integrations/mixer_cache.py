@@ -32,6 +32,7 @@ class MixerCacheLayer(DynamicLayer):
     """
 
     is_croppable = False
+    supports_early_init = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
