@@ -1,6 +1,7 @@
 """What a launcher starts in several processes: trains readouts from a folder's stores and saves them there."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ for name, options in job["runs"].items():
     if fit.main:
         fit.readout.save_pretrained(folder / name)
         (folder / name / "scores.json").write_text(json.dumps(fit.scores))
-# Without it the threads of a process group may still run when the interpreter ends, which aborts the process.
 PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
+# torch's own threads may still run when the interpreter takes itself apart, which now and then aborts a process that
+# has done all its work: leave without that.
+os._exit(0)

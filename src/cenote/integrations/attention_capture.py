@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -11,16 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cenote.integrations.attention_interface import AttentionCall, Attended, redirected
 from cenote.ops.attention_diversity import QueryKey, attention_diversification_loss, attention_similarity
 
 Keep = Literal["query_key", "maps"]
-_NAME = "cenote_attention_capture"
 _BEYOND = ("position_bias", "softcap", "s_aux")
 """What else transformers' attention functions take that changes a map."""
-_LISTENERS: dict[int, Callable[..., Any]] = {}
-"""What attention calls through transformers' interface go to, by ``id`` of the attention's configuration."""
-_MASKS: dict[int, Callable[..., Any]] = {}
-
 
 class AttentionCapture:
     """Within the ``with`` block, keeps what the last forward pass attended to, one entry a layer.
@@ -151,49 +145,27 @@ def _projection(capture: AttentionCapture, module: Any, undo: ExitStack) -> None
 
 
 def _transformers(capture: AttentionCapture, undo: ExitStack) -> None:
-    """An implementation of our own in transformers' attention and mask interfaces that listens and passes on."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    """A handler in transformers' attention interface that listens and passes on."""
 
-    if not getattr(capture.model, "_supports_attention_backend", False):
-        raise ValueError(f"{type(capture.model).__name__} does not call transformers' attention interface")
-    AttentionInterface.register(_NAME, _dispatch)
-    AttentionMaskInterface.register(_NAME, _dispatch_mask)
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in capture.model.modules() if hasattr(module, "config")
-    }
-    for number, config in configs.items():
-        if number in _LISTENERS:
-            raise ValueError("this model's attention is being captured already")
-        before = config._attn_implementation
-        inner = "eager" if capture.keep == "maps" else before or "eager"
-        undo.callback(setattr, config, "_attn_implementation_internal", before)
-        undo.callback(_LISTENERS.pop, number, None)
-        undo.callback(_MASKS.pop, number, None)
-        config._attn_implementation_internal = _NAME
-        _MASKS[number] = ALL_MASK_ATTENTION_FUNCTIONS[inner]
+    def listen(call: AttentionCall) -> Attended:
+        if capture.keep == "maps":
+            output, weights = call.proceed("eager")
+            if weights is None:
+                raise ValueError(f"{type(call.module).__name__} makes no maps here: ask for keep='query_key'")
+            capture.layers.append(weights)
+            return output, weights
+        bias, groups = _bias(call), call.query.shape[1] // call.key.shape[1]
+        capture.layers.append(QueryKey(call.query, call.key.repeat_interleave(groups, 1), call.scaling, bias))
+        return call.proceed()
 
-        def listen(
-            module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, inner: str = inner, **kw: Any
-        ) -> Any:
-            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            if eager is None and inner == "eager":
-                raise ValueError(f"{type(module).__name__} has no eager attention")
-            run: Any = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)  # type: ignore[arg-type]
-            if capture.keep == "maps":
-                output, weights = run(module, query, key, value, mask, **kw)
-                capture.layers.append(weights)
-                return output, weights
-            bias, groups = _bias(module, query, mask, inner, kw), query.shape[1] // key.shape[1]
-            capture.layers.append(QueryKey(query, key.repeat_interleave(groups, 1), kw.get("scaling"), bias))
-            return run(module, query, key, value, mask, **kw)
-
-        _LISTENERS[number] = listen
+    form = "eager" if capture.keep == "maps" else None
+    undo.enter_context(redirected(capture.model, listen, implementation=form))
 
 
-def _bias(module: Any, query: Tensor, mask: Any, inner: str, settings: dict[str, Any]) -> Tensor | None:
+def _bias(call: AttentionCall) -> Tensor | None:
     """What an attention function of transformers adds to the logits, explicitly or in its kernel."""
+    module, query, inner, settings = call.module, call.query, call.implementation, call.settings
+    mask = call.mask.form(inner)
     unseen = [name for name in _BEYOND if settings.get(name) is not None]
     if mask is not None and getattr(mask, "ndim", None) != 4:
         unseen.append(f"a mask in the form of {inner}")
@@ -207,11 +179,3 @@ def _bias(module: Any, query: Tensor, mask: Any, inner: str, settings: dict[str,
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-
-
-def _dispatch(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return _LISTENERS[id(module.config)](module, *args, **kwargs)
-
-
-def _dispatch_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
-    return _MASKS[id(config)](*args, config=config, **kwargs)
