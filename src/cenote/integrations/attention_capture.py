@@ -16,6 +16,7 @@ Keep = Literal["query_key", "maps"]
 _BEYOND = ("position_bias", "softcap", "s_aux")
 """What else transformers' attention functions take that changes a map."""
 
+
 class AttentionCapture:
     """Within the ``with`` block, keeps what the last forward pass attended to, one entry a layer.
 

@@ -37,3 +37,21 @@ def real_positions(
     number, so a token keeps its own wherever padding stands."""
     number = (mask.cumsum(dim=1) - 1).clamp(min=0)
     return number if before is None else number + before[:, None]
+
+
+def rotate_by(x: Float[Tensor, "*rows head_dim"], cos: Tensor, sin: Tensor) -> Float[Tensor, "*rows head_dim"]:
+    """Turn by given cosines and sines ``(..., width)``, as hosts hand them to their layers.
+
+    Channels beyond ``width`` pass through; the first and second half of the others pair up.
+    """
+    width = cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return turned if not rest.shape[-1] else torch.cat([turned, rest], dim=-1)
+
+
+def unrotate(x: Float[Tensor, "*rows head_dim"], cos: Tensor, sin: Tensor) -> Float[Tensor, "*rows head_dim"]:
+    """The way back from :func:`rotate_by`, also where a host scales cosines and sines (YaRN)."""
+    wide = cos.float().square() + sin.float().square()
+    return rotate_by(x.float(), cos.float() / wide, -sin.float() / wide).to(x.dtype)

@@ -1,0 +1,36 @@
+"""Recipes by name: ``create_recipe("tidal_decode(top_k=256)")``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from cenote.attention.base import Recipe
+from cenote.specs import check_options, parse_spec, unknown_name
+
+_FILES = {}
+
+
+def list_recipes() -> list[str]:
+    """Names that :func:`create_recipe` knows."""
+    return sorted(_FILES)
+
+
+def recipe_class(name: str) -> type[Recipe]:
+    """The class behind a recipe's name; ``ValueError`` with the nearest names if there is none."""
+    if name not in _FILES:
+        raise unknown_name("recipe", name, _FILES)
+    file, _, attribute = _FILES[name].partition(":")
+    return getattr(importlib.import_module(f"cenote.attention.{file}"), attribute)
+
+
+def create_recipe(spec: str, **options: Any) -> Recipe:
+    """Build a recipe from its name, optionally with options: ``"window(tokens=256)"``.
+
+    Raises:
+        ValueError: unknown name (nearest names suggested), malformed spec, an option that the recipe does not take.
+    """
+    name, inline = parse_spec(spec)
+    kind = recipe_class(name)
+    check_options(name, kind, {**options, **inline})
+    return kind(**{**options, **inline})
