@@ -22,7 +22,7 @@ from cenote.attention.cache import PreallocatedLayer
 from cenote.attention.host import Host, LayerInputs, cache_of, give_cache_layers
 from cenote.attention.plan import LayerPlan
 from cenote.files import write_all
-from cenote.integrations.attention_interface import AttentionCall, Attended, redirected
+from cenote.integrations.attention_interface import Attended, AttentionCall, redirected
 from cenote.ops.rotary import unrotate
 
 SETTINGS = "recipe.json"
@@ -135,7 +135,9 @@ class LayerCall:
 
 
 class Session:
-    """A recipe at work in a model. Subclasses answer :meth:`attend`; state of one forward pass is made in :meth:`begin`.
+    """A recipe at work in a model.
+
+    Subclasses answer :meth:`attend`; what lives for one forward pass is made anew in :meth:`begin`.
 
     Args:
         host: the model.

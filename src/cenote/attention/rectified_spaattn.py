@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cenote.attention.base import Recipe, Session
+from cenote.attention.host import Host
+from cenote.ops.block_sparse import Backend
 from cenote.ops.rectified_attention import BlockMean, Compensate, rectified_attention
 from cenote.ops.space_filling_curve import AXES, GridShape, block_neighbours, hilbert_order
 from cenote.specs import unknown_name
@@ -29,8 +32,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """The paper's settings by host."""
 
 
-@dataclass
-class RectifiedSpaAttn:
+@dataclass(frozen=True)
+class RectifiedSpaAttn(Recipe):
     """Sparse attention in a diffusion transformer, scaled to its share of the mass, plus means of dropped blocks.
 
     ``out_i = R_i sparse_i + sum_j P_ij comp_ij mean(v_j)``, see
@@ -68,6 +71,8 @@ class RectifiedSpaAttn:
         ValueError: settings out of range.
     """
 
+    name: ClassVar[str] = "rectified_spaattn"
+
     drop_rate: float = 0.8
     p: float = 0.3
     top_k: int | None = None
@@ -81,7 +86,7 @@ class RectifiedSpaAttn:
     compensate: Compensate = "gain"
     dense_layers: tuple[int, ...] = ()
     dense_calls: int = 0
-    backend: str = "auto"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_rate < 1:
@@ -102,7 +107,6 @@ class RectifiedSpaAttn:
             raise ValueError(f"compensate must be 'gain', 'all' or 'none', got {self.compensate!r}")
         if self.dense_calls < 0 or any(layer < 0 for layer in self.dense_layers):
             raise ValueError("dense_calls and dense_layers must not be negative")
-        self.axis_order, self.dense_layers = tuple(self.axis_order), tuple(self.dense_layers)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> RectifiedSpaAttn:
@@ -115,20 +119,37 @@ class RectifiedSpaAttn:
         return cls(**PRESETS[name] | changes)
 
     @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Run the attention of a diffusers transformer this way inside the block."""
+    def __call__(self, model: nn.Module) -> Iterator[Any]:
+        """Attend in this way within the block; gives the :class:`RectifiedSession`."""
         from cenote.integrations.diffusers_attention import attention_core
 
-        with attention_core(model, _Core(self)):
-            yield model
+        session = RectifiedSession(self)
+        with attention_core(model, session):
+            yield session
+
+    def start(self, host: Host) -> Session:
+        """The method is bidirectional: a decoder that attends to the past alone is refused."""
+        raise TypeError(f"{self.name} serves diffusion transformers, got {type(host.model).__name__}")
 
 
-class _Core:
-    """The settings at work on one model, with the neighbours of the grids that it met."""
+class RectifiedSession:
+    """The settings at work on one model."""
 
     def __init__(self, settings: RectifiedSpaAttn) -> None:
         self.settings = settings
         self.touching: dict[GridShape, Tensor] = {}
+        self.kept: list[Tensor] = []
+
+    @property
+    def density(self) -> float:
+        """Mean share of visual blocks that was kept, over the sparse layers and calls so far.
+
+        Raises:
+            ValueError: nothing sparse has run yet.
+        """
+        if not self.kept:
+            raise ValueError("no sparse layer has run yet")
+        return float(torch.stack([share.cpu() for share in self.kept]).mean())
 
     def order(self, shape: GridShape) -> Tensor | None:
         return None if self.settings.order == "raster" else hilbert_order(shape, self.settings.axis_order)
@@ -140,7 +161,7 @@ class _Core:
         s = self.settings
         whole = math.prod(call.shape) // s.block_size
         first = s.first_frame if s.first_frame is not None else call.first_frame
-        return rectified_attention(
+        result = rectified_attention(
             query,
             key,
             value,
@@ -156,7 +177,9 @@ class _Core:
             mean=s.mean,
             allow_padding=s.allow_padding,
             backend=s.backend,
-        ).output
+        )
+        self.kept.append(result.block_mask.float().mean())
+        return result.output
 
     def _neighbours(self, call: Call, like: Tensor) -> Tensor:
         if call.shape not in self.touching:

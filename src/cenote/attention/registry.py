@@ -11,16 +11,21 @@ from cenote.specs import check_options, parse_spec, unknown_name
 _FILES = {}
 
 
+_DIFFUSION = {"rectified_spaattn": "rectified_spaattn:RectifiedSpaAttn"}
+"""Recipes for diffusion transformers, which no text decoder can take."""
+
+
 def list_recipes() -> list[str]:
-    """Names that :func:`create_recipe` knows."""
+    """Names that :func:`create_recipe` knows of recipes for text decoders."""
     return sorted(_FILES)
 
 
 def recipe_class(name: str) -> type[Recipe]:
     """The class behind a recipe's name; ``ValueError`` with the nearest names if there is none."""
-    if name not in _FILES:
-        raise unknown_name("recipe", name, _FILES)
-    file, _, attribute = _FILES[name].partition(":")
+    known = {**_FILES, **_DIFFUSION}
+    if name not in known:
+        raise unknown_name("recipe", name, known)
+    file, _, attribute = known[name].partition(":")
     return getattr(importlib.import_module(f"cenote.attention.{file}"), attribute)
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cenote.integrations.attention_interface import AttentionCall, Attended, redirected
+from cenote.integrations.attention_interface import Attended, AttentionCall, redirected
 from cenote.ops.attention_diversity import QueryKey, attention_diversification_loss, attention_similarity
 
 Keep = Literal["query_key", "maps"]

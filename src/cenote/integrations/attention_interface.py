@@ -1,4 +1,6 @@
-"""Attention calls of a running transformers model, sent through code of ours: the one place that touches its interfaces.
+"""Attention calls of a running transformers model, sent through code of ours.
+
+The only place of the library that touches transformers' attention and mask interfaces for that.
 
 transformers looks an attention function and a mask function up by the name in a model's configuration. Within
 :func:`redirected` that name is ours, so that every call of the model passes through a stack of handlers, the one

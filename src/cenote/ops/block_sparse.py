@@ -67,7 +67,7 @@ def block_sparse_attention(
     if backend not in ("auto", "torch", "flex"):
         raise ValueError(f"backend must be 'auto', 'torch' or 'flex', got {backend!r}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "flex" or (backend == "auto" and _flex_pays(query, key, value)):
+    if backend == "flex" or (backend == "auto" and _flex_pays(query, key, value, key_mask)):
         return _flex(query, key, value, chosen, block_size, causal, key_mask, scale)
     return _gathered(query, key, value, chosen, block_size, causal, key_mask, scale)
 
@@ -145,19 +145,24 @@ def _flex(
         whole = whole & full[:, None, None]
     counts, indices = _ordered(chosen & ~whole)
     full_counts, full_indices = _ordered(chosen & whole)
-    shift = keys - queries
-
-    def see(b: Any, h: Any, q: Any, k: Any) -> Any:
-        visible = k <= q + shift if causal else k >= 0
-        return visible if key_mask is None else visible & key_mask[b, k]
-
     mask = BlockMask.from_kv_blocks(
-        counts, indices, full_counts, full_indices, BLOCK_SIZE=block_size, mask_mod=see, seq_lengths=(queries, keys)
-    )
-    out = _compiled_flex(key_mask is None)(
-        query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
+        counts, indices, full_counts, full_indices,
+        BLOCK_SIZE=block_size, mask_mod=_see(causal, keys - queries, key_mask), seq_lengths=(queries, keys),
+    )  # fmt: skip
+    # The code for CPUs does not compile where a mask is read at symbolic sizes: then each shape is its own.
+    run = _compiled_flex(causal, key_mask is None)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        out = run(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     return out.nan_to_num() if key_mask is not None else out
+
+
+def _see(causal: bool, shift: int, key_mask: Tensor | None) -> Any:
+    """The test of a single pair, a function of its own for each kind of mask so that each is compiled once."""
+    if key_mask is None:
+        return (lambda b, h, q, k: k <= q + shift) if causal else (lambda b, h, q, k: k >= 0)
+    if causal:
+        return lambda b, h, q, k: (k <= q + shift) & key_mask[b, k]
+    return lambda b, h, q, k: key_mask[b, k]
 
 
 def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,11 +171,11 @@ def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _compiled_flex(dynamic: bool) -> Any:
+def _compiled_flex(causal: bool, any_shape: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # The code for CPUs does not compile where a mask is read at symbolic sizes: then each shape is its own.
-    return torch.compile(flex_attention, dynamic=None if dynamic else False)
+    # A full graph or an error: what FlexAttention does uncompiled is slow and, with rows that see nothing, wrong.
+    return torch.compile(flex_attention, fullgraph=True, dynamic=None if any_shape else False)
 
 
 @functools.cache
@@ -178,9 +183,10 @@ def _compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-def _flex_pays(*tensors: Tensor) -> bool:
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+def _flex_pays(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> bool:
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if torch.compiler.is_compiling() or learning:
         return False
-    if tensors[0].is_cuda:
+    if query.is_cuda:
         return True
-    return tensors[0].device.type == "cpu" and tensors[0].shape[2] >= FLEX_FROM and _compiler()
+    return query.device.type == "cpu" and key_mask is None and query.shape[2] >= FLEX_FROM and _compiler()
