@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +25,7 @@ from cenote.files import write_all
 from cenote.integrations.attention_interface import Attended, AttentionCall, redirected
 from cenote.ops.rotary import unrotate
 
+RecipeT = TypeVar("RecipeT", bound="Recipe")
 SETTINGS = "recipe.json"
 TENSORS = "recipe.safetensors"
 
@@ -155,6 +156,9 @@ class Session:
         """What the layer's queries get. ``call.dense()`` is what they would get without the recipe."""
         return call.dense()
 
+    def finish(self) -> None:
+        """A forward pass of the decoder is over, its tokens are in the cache."""
+
     def end(self) -> None:
         """The block is left: undo what was changed in the model beside attention."""
 
@@ -183,13 +187,13 @@ class Recipe(ABC):
             ValueError: settings that do not fit the model, or layers that the method cannot serve.
         """
 
-    def calibrate(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Self:
+    def calibrate(self: RecipeT, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> RecipeT:
         """The recipe with what it learnt from the model on these inputs (``input_ids`` and ``attention_mask``, as the
         model's forward takes them); itself where there is nothing to learn."""
         return self
 
     @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[Session]:
+    def __call__(self, model: Any) -> Iterator[Session]:
         """Attend in this way within the block."""
         host = Host.of(model)
         taken = _ACTIVE.setdefault(id(host.decoder), [])
@@ -234,10 +238,10 @@ class Recipe(ABC):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         described = {"recipe": self.name, "settings": self.settings(), "tensors": sorted(tensors)}
         files: dict[str, str | bytes] = {TENSORS: save(tensors)} if tensors else {}
-        write_all(folder, {**files, SETTINGS: json.dumps(described, indent=2) + "\n"})
+        write_all(Path(folder), {**files, SETTINGS: json.dumps(described, indent=2) + "\n"})
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+    def from_pretrained(cls: type[RecipeT], folder: str | os.PathLike[str]) -> RecipeT:
         """Read what :meth:`save_pretrained` wrote. ``Recipe.from_pretrained`` gives a recipe of whatever kind.
 
         Raises:
@@ -317,6 +321,7 @@ def _hook(recipe: Recipe, session: Session, undo: ExitStack) -> None:
 
     undo.enter_context(redirected(host.decoder, attend, lazy_mask=True))
     undo.callback(host.decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    undo.callback(host.decoder.register_forward_hook(lambda *_: session.finish()).remove)
     for attention in host.attentions:
         undo.callback(attention.register_forward_pre_hook(note, with_kwargs=True).remove)
 

@@ -54,15 +54,16 @@ class PreallocatedLayer(DynamicLayer):
         views = []
         for number, (held, new) in enumerate(((self.keys, key_states), (self.values, value_states))):
             buffer = None if self._buffers is None else self._buffers[number]
+            assert held is not None
             if buffer is None or buffer.shape[2] < total or held.data_ptr() != buffer.data_ptr():
                 room = max(total + (total // 2 if length else 0), self.capacity, total + 64)
                 buffer = new.new_empty(*new.shape[:2], room, new.shape[3])
                 buffer[:, :, :length] = held
             buffer[:, :, length:total] = new
             views.append((buffer, buffer[:, :, :total]))
-        (keys, self.keys), (values, self.values) = views
-        self._buffers = keys, values
-        return self.keys, self.values
+        (keys, key_view), (values, value_view) = views
+        self._buffers, self.keys, self.values = (keys, values), key_view, value_view
+        return key_view, value_view
 
     def reset(self) -> None:
         super().reset()
@@ -78,6 +79,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.get_seq_length():
+            assert self.keys is not None and self.values is not None
             rows = indices.to(self.keys.device)
             if rows.dtype == torch.bool:
                 rows = rows.nonzero().flatten()
@@ -88,5 +90,6 @@ class PreallocatedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.get_seq_length():
+            assert self.keys is not None
             batch = self.keys.shape[0]
             self.batch_select_indices(torch.arange(batch, device=self.keys.device).repeat_interleave(repeats))

@@ -29,7 +29,7 @@ class Host:
     decoder: nn.Module
 
     @classmethod
-    def of(cls, model: nn.Module) -> Host:
+    def of(cls, model: Any) -> Host:
         """Find the decoder: the module whose ``layers`` each have a ``self_attn`` that knows its number.
 
         Raises:

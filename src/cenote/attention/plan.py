@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 Role = Literal["full", "select", "reuse"]
 
@@ -24,7 +24,7 @@ class LayerPlan:
         ValueError: an unknown role, or a source that is no earlier layer, or itself reuses.
     """
 
-    roles: tuple[Literal["full", "select"] | int, ...]
+    roles: tuple[str | int, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roles", tuple(self.roles))
@@ -48,7 +48,7 @@ class LayerPlan:
         wrong = [layer for layer in full + select if not 0 <= layer < num_layers]
         if wrong or len({*full, *select}) != len(full) + len(select):
             raise ValueError(f"full {full} and select {select} must be different layers of 0 to {num_layers - 1}")
-        roles: list[Literal["full", "select"] | int] = []
+        roles: list[str | int] = []
         for layer in range(num_layers):
             if layer in full:
                 roles.append("full")
@@ -72,7 +72,7 @@ class LayerPlan:
         wrong = [layer for layer in shared if not 0 < layer < num_layers]
         if wrong or len(set(shared)) != len(shared):
             raise ValueError(f"shared layers must be different ones of 1 to {num_layers - 1}, got {shared}")
-        roles: list[Literal["full", "select"] | int] = []
+        roles: list[str | int] = []
         for layer in range(num_layers):
             if layer in shared:
                 roles.append(max(each for each in range(layer) if each not in shared))
@@ -86,7 +86,7 @@ class LayerPlan:
     def role(self, layer: int) -> Role:
         """The layer's role by name."""
         role = self.roles[layer]
-        return "reuse" if isinstance(role, int) else role
+        return "reuse" if isinstance(role, int) else cast(Role, role)
 
     def source(self, layer: int) -> int:
         """Whose result the layer uses: a reusing layer's source, otherwise itself."""
@@ -101,7 +101,7 @@ class LayerPlan:
         """The layers that reuse this one."""
         return tuple(layer for layer, role in enumerate(self.roles) if role == source and isinstance(role, int))
 
-    def check(self, num_layers: int, sources: Sequence[Literal["full", "select"]] = ("select",)) -> None:
+    def check(self, num_layers: int, sources: Sequence[Role] = ("select",)) -> None:
         """Raise ``ValueError`` unless the plan has so many layers and reuses only layers of these roles."""
         if len(self) != num_layers:
             raise ValueError(f"the plan is for {len(self)} layers, the model has {num_layers}")

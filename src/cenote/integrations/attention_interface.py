@@ -69,7 +69,7 @@ class HostMask:
         given = self._of("attention_mask")
         if given is None:
             return None
-        mask = prepare_padding_mask(given, self._of("kv_length"), self._of("kv_offset", 0))
+        mask: Any = prepare_padding_mask(given, self._of("kv_length"), self._of("kv_offset", 0))
         keys = self._of("kv_length")
         mask = mask[:, self._of("kv_offset", 0) :][:, :keys].bool()
         return None if bool(mask.all()) else mask
@@ -83,7 +83,8 @@ class HostMask:
 
         arguments = dict(self._arguments or {}, q_length=last - first, q_offset=self._of("q_offset", 0) + first)
         arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return sdpa_mask(**arguments)
+        rows: Any = sdpa_mask(**arguments)
+        return rows
 
     def form(self, implementation: str) -> Any:
         """The mask as an implementation of transformers wants it."""
@@ -190,7 +191,7 @@ def redirected(
         raise ValueError(f"{type(model).__name__} does not call transformers' attention interface")
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, _mask)
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs: dict[int, Any] = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     entered: list[int] = []
     try:
         for number, config in configs.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cenote.ops.blocks import num_blocks
 
-Backend = Literal["auto", "torch", "flex"]
 FLEX_FROM = 8192
 """Tokens from which compiling FlexAttention pays on a CPU."""
 
@@ -28,7 +27,7 @@ def block_sparse_attention(
     causal: bool = True,
     key_mask: Bool[Tensor, "batch keys"] | None = None,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: str = "auto",
 ) -> Float[Tensor, "batch heads queries width"]:
     """Attention of each query to the real keys of the blocks chosen for its block, none later than itself.
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-Kind = Literal["mean", "max", "min"]
 
 
 def num_blocks(tokens: int, block_size: int) -> int:
@@ -26,7 +22,7 @@ def num_blocks(tokens: int, block_size: int) -> int:
 def pool_blocks(
     x: Float[Tensor, "batch heads tokens dim"],
     block_size: int,
-    kind: Kind = "mean",
+    kind: str = "mean",
     mask: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch heads blocks dim"]:
     """Mean, maximum or minimum of the real tokens of each block; 0 for a block that has none.
@@ -78,5 +74,5 @@ def density(block_mask: Bool[Tensor, "batch heads query_blocks key_blocks"], cau
     """Share of the block pairs that could be attended to which are."""
     if not causal:
         return float(block_mask.float().mean())
-    seen = causal_blocks(*block_mask.shape[-2:], device=block_mask.device)
+    seen = causal_blocks(block_mask.shape[-2], block_mask.shape[-1], block_mask.device)
     return float((block_mask & seen).sum() / (seen.sum() * block_mask.shape[0] * block_mask.shape[1]))
