@@ -9,6 +9,12 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples"
 PRINTS = {  # script: words of its output
+    "rectified_wan.py": (
+        "dense_layers=(0, 1)",
+        "compensate='none': density 0.11",
+        "compensate='gain': density 0.11",
+        "as it was: True",
+    ),
     "halonet_swap.py": ("the same logits: True", "(1, 10)", "(256, 4, 4)"),
     "poolformer_hybrid.py": ("logits (2, 10)", "Pool, Pool, SoftmaxAttention, Pool", "stride 32: (2, 512, 3, 4)"),
     "pool_tokens.py": ("efficient_probing(num_queries=4)", "from six layers: (3, 24)"),

@@ -160,7 +160,8 @@ SYSTEMS: tuple[System, ...] = (
         "2409.14595",
         "attention",
         "Lets similar inner layers copy one attention map, then repairs the model by distillation.",
-        hosts=("Llama-type decoders",),
+        hosts=("Llama, Mistral, Qwen2, Qwen3 and Gemma decoders",),
+        entry_point="cenote.attention.echo_att:EchoAtt",
     ),
     System(
         "efficient-probing",
@@ -227,6 +228,7 @@ SYSTEMS: tuple[System, ...] = (
         "2602.00777",
         "attention",
         "Plans offline which layers attend fully, which select keys and which reuse a selection.",
+        "cenote.attention.hylra:HyLRA",
         hosts=("Llama-, Mistral- and Qwen-type decoders",),
     ),
     System(
@@ -316,6 +318,7 @@ SYSTEMS: tuple[System, ...] = (
         "2511.19835",
         "attention",
         "Block-sparse attention corrected by pooled estimates of what the dropped blocks would have said.",
+        entry_point="cenote.attention.rectified_spaattn:RectifiedSpaAttn",
         hosts=("Wan and HunyuanVideo (diffusers)", "bidirectional attention"),
     ),
     System(
@@ -325,6 +328,7 @@ SYSTEMS: tuple[System, ...] = (
         "2503.01820",
         "tuning",
         "Rotates a model, then quantises it with second-order statistics weighted by token importance.",
+        entry_point="cenote.tuning.rsq:quantize_rsq",
         hosts=("Llama", "Mistral", "Qwen2"),
     ),
     System(
@@ -334,6 +338,7 @@ SYSTEMS: tuple[System, ...] = (
         "2410.13276",
         "attention",
         "A small learned gate predicts which blocks of the attention map matter and skips the others.",
+        "cenote.attention:SeerAttention",
         hosts=("Llama- and Qwen-type decoders",),
     ),
     System(
@@ -382,7 +387,8 @@ SYSTEMS: tuple[System, ...] = (
         "2410.05076",
         "attention",
         "Two layers choose the key positions and all following layers of a decoding step reuse them.",
-        hosts=("Llama-type decoders",),
+        "cenote.attention:TidalDecode",
+        hosts=("Llama-, Mistral-, Qwen- and Gemma-type decoders",),
     ),
     System(
         "token-flex",
@@ -409,6 +415,7 @@ SYSTEMS: tuple[System, ...] = (
         "2503.03321",
         "attention",
         "Moves attention from image tokens that only absorb it to those that show something.",
+        entry_point="cenote.attention.visual_attention_redistribution:VisualAttentionRedistribution",
         hosts=("LLaVA", "Qwen2-VL", "InternVL"),
     ),
     System(

@@ -23,7 +23,7 @@ def _plain_received(query, key, visible):
     return logits.softmax(-1).nan_to_num().sum(dim=(1, 2))
 
 
-@pytest.mark.parametrize("block", (1, 5, 64, None))
+@pytest.mark.parametrize("block", [1, 5, 64, None])
 def test_attention_received_is_the_column_sum_of_the_maps(block):
     query, key = torch.randn(2, 4, 23, 8), torch.randn(2, 2, 23, 8)
     causal = torch.ones(23, 23, dtype=torch.bool).tril()
@@ -101,8 +101,15 @@ def test_scores_to_weights():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"r_min": -0.1}, {"r_min": 0.5, "r_max": 0.1}, {"r_min": 0.0, "r_max": 0.0}, {"quantile": 0.5}, {"bins": 1}, {"truncate": 1.0}],
-)  # fmt: skip
+    [
+        {"r_min": -0.1},
+        {"r_min": 0.5, "r_max": 0.1},
+        {"r_min": 0.0, "r_max": 0.0},
+        {"quantile": 0.5},
+        {"bins": 1},
+        {"truncate": 1.0},
+    ],
+)
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         scale_importance(torch.rand(1, 4), **settings)

@@ -31,10 +31,17 @@ def logits(model, ids, mask=None, **more):
 def decoded(model, ids, mask, prompt):
     """Logits of the real tokens from the prompt's last one on: a pass of the prompt, then a token a step."""
     with torch.no_grad():
-        out = model(ids[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, logits_to_keep=1)
+        places = (mask.cumsum(1) - 1).clamp(min=0)  # as ``generate`` counts them
+        out = model(
+            ids[:, :prompt], attention_mask=mask[:, :prompt], position_ids=places[:, :prompt], use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
         found, cache = [out.logits], output_cache(out)
         for step in range(prompt, ids.shape[1]):
-            out = model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], **cache_argument(cache))
+            new = slice(step, step + 1)
+            out = model(
+                ids[:, new], attention_mask=mask[:, : step + 1], position_ids=places[:, new], **cache_argument(cache)
+            )
             found.append(out.logits)
     return torch.cat(found, dim=1)
 

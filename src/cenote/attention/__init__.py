@@ -4,15 +4,19 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "BlockHeuristic": "block_heuristic",
     "EchoAtt": "echo_att",
+    "H2O": "h2o",
     "HyLRA": "hylra",
     "LayerPlan": "plan",
     "PreallocatedLayer": "cache",
+    "Quest": "quest",
     "Recipe": "base",
     "RectifiedSpaAttn": "rectified_spaattn",
     "SeerAttention": "seer_attention",
     "TidalDecode": "tidal_decode",
     "VisualAttentionRedistribution": "visual_attention_redistribution",
+    "Window": "window",
     "create_recipe": "registry",
     "list_recipes": "registry",
 }

@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Bool, Float
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from cenote.attention.cache import PreallocatedLayer
-from cenote.attention.host import Host, LayerInputs, cache_of, give_cache_layers
+from cenote.attention.host import Host, LayerInputs, cache_argument, cache_of, give_cache_layers
 from cenote.attention.plan import LayerPlan
 from cenote.files import write_all
-from cenote.integrations.attention_interface import Attended, AttentionCall, redirected
+from cenote.integrations.attention_interface import Attended, AttentionCall, HostMask, redirected
 from cenote.ops.rotary import unrotate
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
@@ -290,13 +291,23 @@ def _hook(recipe: Recipe, session: Session, undo: ExitStack) -> None:
     host = session.host
     numbers = {id(attention): layer for layer, attention in enumerate(host.attentions)}
 
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if kwargs.get("output_attentions") or getattr(host.config, "output_attentions", False):
             raise ValueError(f"{recipe.name} makes no attention maps: run without output_attentions")
         cache = cache_of(kwargs)
+        if cache is None and recipe.needs_state and _caches(kwargs, host):
+            cache = DynamicCache(config=host.config)  # as the decoder itself would make it
+            kwargs = {**kwargs, **cache_argument(cache)}
         if cache is not None:
             give_cache_layers(cache, recipe.cache_layer, host.num_layers, recipe.needs_state)
+        if recipe.needs_state:
+            # ``generate`` prepares the mask of a static cache ahead, for the layers that have just been replaced.
+            mask = kwargs.get("attention_mask")
+            mask = next(iter(mask.values())) if isinstance(mask, dict) else mask
+            if isinstance(mask, HostMask):
+                kwargs = {**kwargs, "attention_mask": mask.given}
         session.begin(kwargs)
+        return args, kwargs
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer = numbers[id(module)]
@@ -324,6 +335,11 @@ def _hook(recipe: Recipe, session: Session, undo: ExitStack) -> None:
     undo.callback(host.decoder.register_forward_hook(lambda *_: session.finish()).remove)
     for attention in host.attentions:
         undo.callback(attention.register_forward_pre_hook(note, with_kwargs=True).remove)
+
+
+def _caches(kwargs: dict[str, Any], host: Host) -> bool:
+    asked = kwargs.get("use_cache")
+    return bool(getattr(host.config, "use_cache", False) if asked is None else asked)
 
 
 def _plain(value: Any) -> Any:

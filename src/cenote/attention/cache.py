@@ -48,14 +48,15 @@ class PreallocatedLayer(DynamicLayer):
         assert self.keys is not None
         length = self.keys.shape[2]
         total = length + key_states.shape[2]
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+        parts = (key_states, value_states, self.keys, self.values)
+        if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
             # Writing into a buffer would spoil what autograd remembers of it.
             return super().update(key_states, value_states)
         views = []
         for number, (held, new) in enumerate(((self.keys, key_states), (self.values, value_states))):
             buffer = None if self._buffers is None else self._buffers[number]
             assert held is not None
-            if buffer is None or buffer.shape[2] < total or held.data_ptr() != buffer.data_ptr():
+            if buffer is None or buffer.shape[2] < total or not _begins(held, buffer):
                 room = max(total + (total // 2 if length else 0), self.capacity, total + 64)
                 buffer = new.new_empty(*new.shape[:2], room, new.shape[3])
                 buffer[:, :, :length] = held
@@ -93,3 +94,13 @@ class PreallocatedLayer(DynamicLayer):
             assert self.keys is not None
             batch = self.keys.shape[0]
             self.batch_select_indices(torch.arange(batch, device=self.keys.device).repeat_interleave(repeats))
+
+
+def _begins(held: Tensor, buffer: Tensor) -> bool:
+    """Whether the tokens held are the buffer's first ones, in place, and may be written behind."""
+    return (
+        held.data_ptr() == buffer.data_ptr()
+        and held.stride() == buffer.stride()
+        and held.shape[:2] == buffer.shape[:2]
+        and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+    )

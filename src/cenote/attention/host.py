@@ -81,12 +81,15 @@ class Host:
 
     def unserved(self) -> dict[int, str]:
         """Layers that attend otherwise than by plain causal softmax, and why: windows, soft caps, sinks."""
-        kinds = getattr(self.config, "layer_types", None) or ["full_attention"] * self.num_layers
+        kinds = getattr(self.config, "layer_types", None)
+        everywhere = None if kinds else getattr(self.config, "sliding_window", None)
         why: dict[int, str] = {}
         for layer, attention in enumerate(self.attentions):
-            window = getattr(attention, "sliding_window", None)
-            if kinds[layer] not in ("full_attention", "attention") or window:
-                why[layer] = f"a sliding window of {window}" if window else kinds[layer].replace("_", " ")
+            window = getattr(attention, "sliding_window", None) or everywhere
+            if window:
+                why[layer] = f"a sliding window of {window}"
+            elif kinds and kinds[layer] not in ("full_attention", "attention"):
+                why[layer] = kinds[layer].replace("_", " ")
             elif getattr(attention, "attn_logit_softcapping", None):
                 why[layer] = "soft-capped logits"
             elif getattr(attention, "sinks", None) is not None:

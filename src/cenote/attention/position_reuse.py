@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cenote.attention.base import LayerCall, Session
@@ -49,3 +49,8 @@ class PositionReuse(Session):
     @abstractmethod
     def select(self, call: LayerCall) -> tuple[Float[Tensor, "batch heads 1 head_dim"], Positions]:
         """What a selecting layer attends to, and the positions it hands on."""
+
+
+def visible_keys(call: LayerCall) -> Bool[Tensor, "batch keys"] | None:
+    """Which keys a decoding step sees, or ``None`` where it sees all: without padding and unused places."""
+    return call.real if call.padded or call.keys > call.offset + 1 else None

@@ -6,20 +6,19 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from cenote.attention.base import Recipe, Session
 from cenote.attention.host import Host
-from cenote.ops.block_sparse import Backend
-from cenote.ops.rectified_attention import BlockMean, Compensate, rectified_attention
+from cenote.ops.rectified_attention import rectified_attention
 from cenote.ops.space_filling_curve import AXES, GridShape, block_neighbours, hilbert_order
 from cenote.specs import unknown_name
 
 if TYPE_CHECKING:
-    from cenote.integrations.diffusers_attention import Call
+    from cenote.integrations.attention_core import Call
 
 PRESETS: dict[str, dict[str, Any]] = {
     "hunyuan_video": {"drop_rate": 0.8},
@@ -45,7 +44,8 @@ class RectifiedSpaAttn(Recipe):
             video = pipe(prompt).frames
 
     Serves ``WanTransformer3DModel``, ``HunyuanVideoTransformer3DModel``, ``CogVideoXTransformer3DModel`` and
-    ``FluxTransformer2DModel`` of diffusers; other models raise ``TypeError``. On leaving the block the model is as it
+    ``FluxTransformer2DModel`` of diffusers, and vision transformers of timm, whose class and register tokens are
+    treated as text; other models raise ``TypeError``. On leaving the block the model is as it
     was, also after an exception. Other than the official code: batches, text of any length and of another length per
     item, a neighbour rule for every host.
 
@@ -79,14 +79,14 @@ class RectifiedSpaAttn(Recipe):
     block_size: int = 128
     neighbours: bool = True
     first_frame: bool | None = None
-    order: Literal["curve", "raster"] = "curve"
+    order: str = "curve"
     axis_order: tuple[str, ...] = AXES
-    mean: BlockMean = "real"
+    mean: str = "real"
     allow_padding: bool = False
-    compensate: Compensate = "gain"
+    compensate: str = "gain"
     dense_layers: tuple[int, ...] = ()
     dense_calls: int = 0
-    backend: Backend = "auto"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_rate < 1:
@@ -121,10 +121,16 @@ class RectifiedSpaAttn(Recipe):
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[Any]:
         """Attend in this way within the block; gives the :class:`RectifiedSession`."""
-        from cenote.integrations.diffusers_attention import attention_core
+        from cenote.integrations.timm_attention import is_timm_vit, timm_attention_core
 
         session = RectifiedSession(self)
-        with attention_core(model, session):
+        if is_timm_vit(model):
+            host = timm_attention_core(model, session)
+        else:
+            from cenote.integrations.diffusers_attention import attention_core
+
+            host = attention_core(model, session)
+        with host:
             yield session
 
     def start(self, host: Host) -> Session:

@@ -8,7 +8,17 @@ from typing import Any
 from cenote.attention.base import Recipe
 from cenote.specs import check_options, parse_spec, unknown_name
 
-_FILES = {}
+_FILES = {
+    "block_heuristic": "block_heuristic:BlockHeuristic",
+    "echo_att": "echo_att:EchoAtt",
+    "h2o": "h2o:H2O",
+    "hylra": "hylra:HyLRA",
+    "quest": "quest:Quest",
+    "seer_attention": "seer_attention:SeerAttention",
+    "tidal_decode": "tidal_decode:TidalDecode",
+    "window": "window:Window",
+    "visual_attention_redistribution": "visual_attention_redistribution:VisualAttentionRedistribution",
+}
 
 
 _DIFFUSION = {"rectified_spaattn": "rectified_spaattn:RectifiedSpaAttn"}

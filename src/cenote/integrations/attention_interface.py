@@ -57,6 +57,11 @@ class HostMask:
         return self.known and self._of("mask_function") is causal_mask_function and self._of("kv_offset", 0) == 0
 
     @property
+    def given(self) -> Tensor | None:
+        """The mask that the model was called with, ``(batch, keys)``, if any."""
+        return self._of("attention_mask")
+
+    @property
     def offset(self) -> int:
         """Place of the first query among the keys."""
         return int(self._of("q_offset", 0)) - int(self._of("kv_offset", 0))
@@ -227,5 +232,7 @@ def _mask(*, config: Any = None, **arguments: Any) -> Any:
     stack = _STACKS[id(config)]
     if isinstance(arguments.get("attention_mask"), HostMask):  # prepared by ``generate`` already
         return arguments["attention_mask"]
+    if isinstance(arguments.get("q_offset"), Tensor):  # a static cache's own counter, which its first layer advances
+        arguments["q_offset"] = arguments["q_offset"].clone()
     mask = HostMask({**arguments, "config": config})
     return mask if stack.lazy else mask.form(stack.mask_forms[-1] if stack.mask_forms else stack.implementation)

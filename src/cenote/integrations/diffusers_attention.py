@@ -5,49 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cenote.integrations.attention_core import Call, Core
 from cenote.integrations.diffusers_attention_hosts import HOSTS, Host
-from cenote.ops.space_filling_curve import GridShape, check_cells, inverse_order
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the transformer.
-
-    Attributes:
-        shape: grid of visual tokens, ``(frames, height, width)``.
-        text_len: text tokens that share the attention; 0 where text has its own cross-attention.
-        order: cell of every visual token in the order of the layers, or ``None`` for raster order.
-        number: of this call since denoising began, from 0.
-        first_frame: whether the first frame of this host attends itself densely.
-    """
-
-    shape: GridShape
-    text_len: int
-    order: Tensor | None
-    number: int
-    first_frame: bool
-
-
-class Core(Protocol):
-    """What :func:`attention_core` needs of a core."""
-
-    def order(self, shape: GridShape) -> Tensor | None:
-        """The order of the tokens between the first layer and the last, ``None`` for the host's own."""
-        ...
-
-    def dense(self, layer: int, call: Call) -> bool:
-        """Whether this layer of this call runs the host's own attention."""
-        ...
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, text_valid: Tensor | None, call: Call) -> Tensor:
-        """``(batch, heads, tokens, head_dim)`` each, visual tokens first; ``text_valid`` (batch,) real text tokens."""
-        ...
 
 
 @contextmanager
@@ -62,7 +26,6 @@ def attention_core(model: nn.Module, core: Core) -> Iterator[None]:
     ``FluxTransformer2DModel``.
 
     Raises:
-        ImportError: diffusers is not installed.
         TypeError: another model.
         ValueError: a model with other attention processors than its own, or one that cannot be reordered.
     """
@@ -79,7 +42,7 @@ def attention_core(model: nn.Module, core: Core) -> Iterator[None]:
         for number, (layer, original) in enumerate(zip(layers, originals, strict=True)):
             undo.callback(layer.set_processor, original)
             layer.set_processor(_Processor(run, number, original))
-        hooks = [model.register_forward_pre_hook(run.begin, with_kwargs=True), *host.reorder(model, run)]
+        hooks = [model.register_forward_pre_hook(run.begin, with_kwargs=True), *host.reorder(model, run.now)]
         for hook in hooks:
             undo.callback(hook.remove)
         yield
@@ -105,28 +68,13 @@ class _Run:
         number = 0 if fresh or self.call is None else self.call.number + 1
         self.timestep = timestep
         self.call = Call(shape, text_len, order, number, self.host.first_frame)
-        self.host.permute_arguments(bound.arguments, self)
-        return bound.args, bound.kwargs
+        self.host.permute_arguments(bound.arguments, self.call)
+        return (), dict(bound.arguments)
 
-    @property
     def now(self) -> Call:
         if self.call is None:
             raise RuntimeError("a block of the transformer ran outside a call of the transformer")
         return self.call
-
-    def permute(self, x: Tensor, dim: int, start: int = 0) -> Tensor:
-        """Bring the visual tokens of ``x``, which begin at ``start`` of ``dim``, into the order of the layers."""
-        order = self.now.order
-        return x if order is None else self._take(x, dim, start, order)
-
-    def restore(self, x: Tensor, dim: int, start: int = 0) -> Tensor:
-        order = self.now.order
-        return x if order is None else self._take(x, dim, start, inverse_order(order))
-
-    def _take(self, x: Tensor, dim: int, start: int, order: Tensor) -> Tensor:
-        check_cells(x.shape[dim] - start, self.now.shape)
-        index = torch.cat([torch.arange(start, device=order.device), order + start])
-        return x.index_select(dim, index.to(x.device))
 
 
 class _Processor:
@@ -143,7 +91,7 @@ class _Processor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
-        run, call, host = self.run, self.run.now, self.run.host
+        run, call, host = self.run, self.run.now(), self.run.host
         if run.core.dense(self.layer, call):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         parts = host.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
@@ -156,11 +104,8 @@ class _Processor:
 
 
 def _host(model: nn.Module) -> Host:
-    try:
-        import diffusers  # noqa: F401
-    except ImportError:
-        raise ImportError('attention cores for diffusers need diffusers: pip install "cenote[diffusion]"') from None
     kind = type(model)
     if kind.__name__ not in HOSTS or not kind.__module__.startswith("diffusers."):
-        raise TypeError(f"expected one of {', '.join(sorted(HOSTS))} of diffusers, got {kind.__name__}")
+        known = f"{', '.join(sorted(HOSTS))} of diffusers or a VisionTransformer of timm"
+        raise TypeError(f"expected one of {known}, got {kind.__name__}")
     return HOSTS[kind.__name__]

@@ -7,25 +7,26 @@ another place.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cenote.ops.masked import widen
+from cenote.integrations.attention_core import Call
+from cenote.integrations.diffusers_projections import (
+    Projected,
+    Rotary,
+    by_head,
+    project_out,
+    query_key_value,
+    rotate,
+    rotate_part,
+    text_out,
+    text_projections,
+)
 from cenote.ops.space_filling_curve import GridShape
-
-Rotary = tuple[Tensor, Tensor]
-Projected = tuple[Tensor, Tensor, Tensor]
-
-
-class Reordering(Protocol):
-    """Brings visual tokens into the order of the layers and back."""
-
-    def permute(self, x: Tensor, dim: int, start: int = 0) -> Tensor: ...
-
-    def restore(self, x: Tensor, dim: int, start: int = 0) -> Tensor: ...
 
 
 class Host:
@@ -51,23 +52,23 @@ class Host:
     def check_reorder(self, model: Any, arguments: dict[str, Any]) -> None:
         """Raise ``ValueError`` where the model relies on raster order between its blocks."""
 
-    def permute_arguments(self, arguments: dict[str, Any], run: Reordering) -> None:
+    def permute_arguments(self, arguments: dict[str, Any], call: Call) -> None:
         """Reorder what the caller passes by token."""
 
-    def reorder(self, model: Any, run: Reordering) -> list[RemovableHandle]:
+    def reorder(self, model: Any, now: Callable[[], Call]) -> list[RemovableHandle]:
         """Hooks that reorder tokens before the first block and back after the last, and the rotary tables."""
         blocks = self.blocks(model)
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if args:
-                return (run.permute(args[0], 1), *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": run.permute(kwargs["hidden_states"], 1)}
+                return (now().permute(args[0], 1), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": now().permute(kwargs["hidden_states"], 1)}
 
         def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if isinstance(output, Tensor):
-                return run.restore(output, 1)
+                return now().restore(output, 1)
             parts = list(output)
-            parts[self.hidden_output] = run.restore(parts[self.hidden_output], 1)
+            parts[self.hidden_output] = now().restore(parts[self.hidden_output], 1)
             return tuple(parts)
 
         first = blocks[0].register_forward_pre_hook(before, with_kwargs=True)
@@ -101,26 +102,26 @@ class Wan(Host):
     def read(self, model: Any, arguments: dict[str, Any]) -> tuple[GridShape, int]:
         return _patches(arguments["hidden_states"].shape[2:], model.config.patch_size), 0
 
-    def reorder(self, model: Any, run: Reordering) -> list[RemovableHandle]:
+    def reorder(self, model: Any, now: Callable[[], Call]) -> list[RemovableHandle]:
         def tables(rope: nn.Module, args: Any, output: Rotary) -> Rotary:
-            return run.permute(output[0], 1), run.permute(output[1], 1)
+            return now().permute(output[0], 1), now().permute(output[1], 1)
 
         def modulation(embedder: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
             # Wan 2.2 TI2V has a time of its own for every token.
             time, projected, *rest = output
-            return time, run.permute(projected, 1) if projected.ndim == 3 else projected, *rest
+            return time, now().permute(projected, 1) if projected.ndim == 3 else projected, *rest
 
         ours = [model.rope.register_forward_hook(tables), model.condition_embedder.register_forward_hook(modulation)]
-        return [*super().reorder(model, run), *ours]
+        return [*super().reorder(model, now), *ours]
 
     def project(self, attn: Any, hidden: Tensor, text: Tensor | None, rotary: Rotary | None) -> Projected:
-        query, key, value = _qkv(attn, hidden)
+        query, key, value = query_key_value(attn, hidden)
         query, key = attn.norm_q(query), attn.norm_k(key)  # over all heads together
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         return rotate(query, rotary), rotate(key, rotary), value
 
     def finish(self, attn: Any, out: Tensor, text: Tensor | None) -> Tensor:
-        return _out(attn, out)
+        return project_out(attn, out)
 
 
 class HunyuanVideo(Host):
@@ -137,11 +138,11 @@ class HunyuanVideo(Host):
                 "use order='raster'"
             )
 
-    def reorder(self, model: Any, run: Reordering) -> list[RemovableHandle]:
+    def reorder(self, model: Any, now: Callable[[], Call]) -> list[RemovableHandle]:
         def tables(rope: nn.Module, args: Any, output: Rotary) -> Rotary:
-            return run.permute(output[0], 0), run.permute(output[1], 0)
+            return now().permute(output[0], 0), now().permute(output[1], 0)
 
-        return [*super().reorder(model, run), model.rope.register_forward_hook(tables)]
+        return [*super().reorder(model, now), model.rope.register_forward_hook(tables)]
 
     def text_valid(self, mask: Tensor | None, text_len: int) -> Tensor | None:
         if mask is None:
@@ -157,11 +158,11 @@ class HunyuanVideo(Host):
         visual = hidden.shape[1]
         if shared and text is not None:
             hidden = torch.cat([hidden, text], dim=1)
-        query, key, value = _heads(attn, _qkv(attn, hidden))
-        query, key = (_rotate_part(x, rotary, 0, visual) for x in (query, key))
+        query, key, value = by_head(attn, query_key_value(attn, hidden))
+        query, key = (rotate_part(x, rotary, 0, visual) for x in (query, key))
         if shared or text is None:
             return query, key, value
-        added = _added(attn, text)
+        added = text_projections(attn, text)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), added, strict=True))
         return query, key, value
 
@@ -169,7 +170,7 @@ class HunyuanVideo(Host):
         if text is None:
             return out, None
         visual, text = out.split([out.shape[1] - text.shape[1], text.shape[1]], dim=1)
-        return _out(attn, visual), _added_out(attn, text)
+        return project_out(attn, visual), text_out(attn, text)
 
 
 class CogVideoX(Host):
@@ -184,22 +185,22 @@ class CogVideoX(Host):
         patch = (model.config.patch_size_t or 1, model.config.patch_size, model.config.patch_size)
         return _patches((frames, height, width), patch), arguments["encoder_hidden_states"].shape[1]
 
-    def permute_arguments(self, arguments: dict[str, Any], run: Reordering) -> None:
+    def permute_arguments(self, arguments: dict[str, Any], call: Call) -> None:
         rotary = arguments.get("image_rotary_emb")
         if rotary is not None:
-            arguments["image_rotary_emb"] = (run.permute(rotary[0], 0), run.permute(rotary[1], 0))
+            arguments["image_rotary_emb"] = (call.permute(rotary[0], 0), call.permute(rotary[1], 0))
 
     def project(self, attn: Any, hidden: Tensor, text: Tensor | None, rotary: Rotary | None) -> Projected:
         before = 0 if text is None else text.shape[1]
         joint = hidden if text is None else torch.cat([text, hidden], dim=1)
-        query, key, value = _heads(attn, _qkv(attn, joint))
-        query, key = (_rotate_part(x, rotary, before, x.shape[1]) for x in (query, key))
+        query, key, value = by_head(attn, query_key_value(attn, joint))
+        query, key = (rotate_part(x, rotary, before, x.shape[1]) for x in (query, key))
         return query, key, value
 
     def finish(self, attn: Any, out: Tensor, text: Tensor | None) -> Any:
         before = 0 if text is None else text.shape[1]
-        text_out, visual = _out(attn, out).split([before, out.shape[1] - before], dim=1)
-        return visual, text_out
+        text, visual = project_out(attn, out).split([before, out.shape[1] - before], dim=1)
+        return visual, text
 
 
 class Flux(Host):
@@ -222,25 +223,25 @@ class Flux(Host):
             if arguments.get(name) is not None:
                 raise ValueError(f"{name} come in raster order: use order='raster'")
 
-    def reorder(self, model: Any, run: Reordering) -> list[RemovableHandle]:
+    def reorder(self, model: Any, now: Callable[[], Call]) -> list[RemovableHandle]:
         def tables(pos_embed: nn.Module, args: Any, output: Rotary) -> Rotary:
-            text_len: int = run.now.text_len  # type: ignore[attr-defined]
-            return run.permute(output[0], 0, text_len), run.permute(output[1], 0, text_len)
+            call = now()
+            return call.permute(output[0], 0, call.text_len), call.permute(output[1], 0, call.text_len)
 
-        return [*super().reorder(model, run), model.pos_embed.register_forward_hook(tables)]
+        return [*super().reorder(model, now), model.pos_embed.register_forward_hook(tables)]
 
     def project(self, attn: Any, hidden: Tensor, text: Tensor | None, rotary: Rotary | None) -> Projected:
-        query, key, value = _heads(attn, _qkv(attn, hidden))
+        query, key, value = by_head(attn, query_key_value(attn, hidden))
         if text is not None:
-            added = _added(attn, text)
+            added = text_projections(attn, text)
             query, key, value = (torch.cat(pair, dim=1) for pair in zip(added, (query, key, value), strict=True))
         return rotate(query, rotary), rotate(key, rotary), value
 
     def finish(self, attn: Any, out: Tensor, text: Tensor | None) -> Any:
         if text is None:  # a single-stream block has its text in the hidden states
             return out
-        text_out, visual = out.split([text.shape[1], out.shape[1] - text.shape[1]], dim=1)
-        return _out(attn, visual.contiguous()), _added_out(attn, text_out.contiguous())
+        text, visual = out.split([text.shape[1], out.shape[1] - text.shape[1]], dim=1)
+        return project_out(attn, visual.contiguous()), text_out(attn, text.contiguous())
 
 
 HOSTS: dict[str, Host] = {
@@ -251,63 +252,6 @@ HOSTS: dict[str, Host] = {
 }
 
 
-def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
-    """Rotate pairs of channels of ``(batch, tokens, heads, head_dim)`` by tables of ``(tokens, head_dim)``."""
-    if rotary is None:
-        return x
-    cos, sin = (table.to(x.device) for table in rotary)
-    if cos.ndim == 2:
-        cos, sin = cos[None, :, None], sin[None, :, None]
-    even, odd = widen(x).unflatten(-1, (-1, 2)).unbind(-1)
-    first = even * cos[..., 0::2] - odd * sin[..., 0::2]
-    second = odd * cos[..., 1::2] + even * sin[..., 1::2]
-    return torch.stack([first, second], dim=-1).flatten(-2).type_as(x)
-
-
-def _rotate_part(x: Tensor, rotary: Rotary | None, start: int, stop: int) -> Tensor:
-    if rotary is None:
-        return x
-    return torch.cat([x[:, :start], rotate(x[:, start:stop], rotary), x[:, stop:]], dim=1)
-
-
 def _patches(extents: tuple[int, ...], patch: tuple[int, ...]) -> GridShape:
     frames, height, width = (n // p for n, p in zip(extents, patch, strict=True))
     return frames, height, width
-
-
-def _qkv(attn: Any, x: Tensor) -> Projected:
-    if getattr(attn, "fused_projections", False):
-        query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
-        return query, key, value
-    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
-
-
-def _heads(attn: Any, parts: Projected) -> Projected:
-    """By head, queries and keys normalised inside each."""
-    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in parts)
-    query = query if attn.norm_q is None else attn.norm_q(query)
-    key = key if attn.norm_k is None else attn.norm_k(key)
-    return query, key, value
-
-
-def _added(attn: Any, text: Tensor) -> Projected:
-    """The text's own projections of a dual-stream block."""
-    if getattr(attn, "fused_projections", False) and hasattr(attn, "to_added_qkv"):
-        parts = attn.to_added_qkv(text).chunk(3, dim=-1)
-    else:
-        parts = (attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text))
-    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in parts)
-    query = query if attn.norm_added_q is None else attn.norm_added_q(query)
-    key = key if attn.norm_added_k is None else attn.norm_added_k(key)
-    return query, key, value
-
-
-def _out(attn: Any, x: Tensor) -> Tensor:
-    """Output projection and dropout; blocks that project later have none."""
-    layers = getattr(attn, "to_out", None)
-    return x if layers is None else layers[1](layers[0](x))
-
-
-def _added_out(attn: Any, x: Tensor) -> Tensor:
-    layer = getattr(attn, "to_add_out", None)
-    return x if layer is None else layer(x)

@@ -20,7 +20,6 @@ KINDS = {"max": "max", "min": "min", "avg": "mean"}
 """Poolings in the order of their channels, which is the same whatever order a gate type names them in."""
 
 
-
 def parse_kinds(text: str, side: str) -> tuple[str, ...]:
     """``"Kmaxminavg"`` to the kinds it names, in the order of their channels.
 

@@ -75,7 +75,13 @@ def _gathered(
     query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block_size: int, causal: bool, key_mask: Tensor | None,
     scale: float,
 ) -> Tensor:  # fmt: skip
-    """A row of query blocks at a time: its keys and values by one ``index_select`` of whole blocks, then fused."""
+    """A row of query blocks at a time: its keys and values by one ``index_select`` of whole blocks, then fused.
+
+    Which pairs of a query and a gathered key count is said in patterns of a block: seen whole, seen in part where the
+    row's own end cuts through (one block, or two where the grids of queries and keys do not line up), not used. Where
+    all heads read the same patterns, as with equally many blocks each and their own among them, one mask serves them
+    all: making and reading a mask for each costs as much as attention.
+    """
     batch, heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
     chosen = chosen.expand(batch, heads, -1, -1)
@@ -86,14 +92,16 @@ def _gathered(
     key_rows, value_rows = (F.pad(x, (0, 0, 0, missing)).reshape(-1, block_size * x.shape[-1]) for x in (key, value))
     row = torch.arange(batch, device=query.device)[:, None] * kv_heads
     row = (row + torch.arange(heads, device=query.device) // (heads // kv_heads)) * blocks
-    within = torch.arange(block_size, device=query.device)
-    real = None
-    if key_mask is not None or missing:
-        real = torch.ones(batch, keys, dtype=torch.bool, device=query.device) if key_mask is None else key_mask
-        real = F.pad(real, (0, missing)).unflatten(1, (blocks, block_size))
+    real = None if key_mask is None else F.pad(key_mask, (0, missing)).unflatten(1, (blocks, block_size))
     items = torch.arange(batch, device=query.device)[:, None, None]
+    blind = real is not None or (causal and (keys - queries) % block_size)  # then a query may see nothing
+    edges = [_whole(number * block_size, queries, keys, block_size, causal) for number in range(counts.shape[-1])]
+    near = torch.tensor(edges, device=query.device).unsqueeze(-1) + torch.arange(2, device=query.device)
+    near = near.clamp(max=blocks - 1)
+    at_edge = chosen.gather(-1, near.expand(batch, heads, -1, -1))
+    alike = (_same(counts) & _same(at_edge).all(dim=-1)).tolist()
+    cut = at_edge.any(dim=-1).any(dim=1).any(dim=0).tolist()
     most = counts.amax(dim=(0, 1)).tolist()
-    uniform = (counts.amin(dim=(0, 1)) == counts.amax(dim=(0, 1))).tolist()
     out = []
     for number, width in enumerate(most):
         first, last = number * block_size, min((number + 1) * block_size, queries)
@@ -102,22 +110,45 @@ def _gathered(
         k = key_rows.index_select(0, picked).view(batch, heads, width * block_size, head_dim)
         v = value_rows.index_select(0, picked).view(batch, heads, width * block_size, -1)
         seen = None
-        if causal:
-            own = torch.arange(first, last, device=query.device) + keys - queries
-            places = (index.unsqueeze(-1) * block_size + within).flatten(2)
-            seen = places.unsqueeze(2) <= own[:, None]
-        if not uniform[number]:
-            used = torch.arange(width, device=query.device) < counts[:, :, number, None]
-            used = used.repeat_interleave(block_size, dim=-1).unsqueeze(2)
-            seen = used if seen is None else seen & used
+        if cut[number] or not alike[number]:
+            pattern = (index - edges[number] + 1).clamp(min=0, max=2)
+            if alike[number]:
+                pattern = pattern[:1, :1]
+            else:
+                used = torch.arange(width, device=query.device) < counts[:, :, number, None]
+                pattern = pattern.masked_fill(~used, 3)
+            kinds = _patterns(first, last, edges[number], queries, keys, block_size, causal, query.device)
+            seen = kinds[pattern].transpose(2, 3).flatten(3)
         if real is not None:
             there = real[items, index].flatten(2).unsqueeze(2)
             seen = there if seen is None else seen & there
         part = F.scaled_dot_product_attention(query[:, :, first:last], k, v, seen, scale=scale)
-        if seen is not None and (key_mask is not None):
+        if seen is not None and blind:
             part = part.masked_fill(~seen.any(dim=-1, keepdim=True), 0.0)
         out.append(part)
     return torch.cat(out, dim=2)
+
+
+def _whole(first: int, queries: int, keys: int, block_size: int, causal: bool) -> int:
+    """How many blocks of keys every query from ``first`` on sees whole."""
+    return ((first + keys - queries + 1) if causal else keys) // block_size
+
+
+def _patterns(
+    first: int, last: int, edge: int, queries: int, keys: int, block_size: int, causal: bool, device: torch.device
+) -> Bool[Tensor, "4 rows block_size"]:
+    """Which keys of a block the queries ``first`` to ``last - 1`` see: of one before ``edge``, of that, of the next,
+    and of none."""
+    places = torch.arange(edge * block_size, (edge + 2) * block_size, device=device).view(2, 1, block_size)
+    own = torch.arange(first, last, device=device).unsqueeze(-1) + keys - queries
+    part = (places < keys) & ((places <= own) if causal else torch.ones_like(own, dtype=torch.bool))
+    whole = torch.ones_like(part[:1])
+    return torch.cat([whole, part, ~whole])
+
+
+def _same(x: Tensor) -> Tensor:
+    """Whether all heads of all items say the same, ``(batch, heads, ...)`` to ``(...)``."""
+    return (x == x[:1, :1]).flatten(0, 1).all(dim=0)
 
 
 def _flex(

@@ -50,26 +50,33 @@ class Positions(NamedTuple):
 
 
 def topk_positions(
-    scores: Float[Tensor, "batch sets keys"], k: int, visible: Bool[Tensor, "batch keys"] | None = None
+    scores: Float[Tensor, "batch sets keys"],
+    k: int | Int[Tensor, "batch"],
+    visible: Bool[Tensor, "batch keys"] | None = None,
 ) -> Positions:
-    """The ``k`` best visible positions of each set, or all of them where fewer are.
+    """The ``k`` best visible positions of each set, or all of them where fewer are. ``k`` may be a number a row.
 
     Raises:
         ValueError: ``k`` below 1, or a row that sees nothing.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    k = min(k, scores.shape[-1])
-    if visible is None:
-        return Positions(scores.topk(k, dim=-1, sorted=False).indices)
-    counts = visible.sum(dim=-1)
+    least = k if isinstance(k, int) else int(k.min())
+    if least < 1:
+        raise ValueError(f"k must be at least 1, got {least}")
+    if visible is None and isinstance(k, int):
+        return Positions(scores.topk(min(k, scores.shape[-1]), dim=-1, sorted=False).indices)
+    counts = torch.full(scores.shape[:1], scores.shape[-1], device=scores.device)
+    if visible is not None:
+        counts = visible.sum(dim=-1)
+        scores = scores.masked_fill(~visible.unsqueeze(1), float("-inf"))
     if int(counts.min()) == 0:
         raise ValueError("a selection is empty: a row sees no position")
-    best = scores.masked_fill(~visible.unsqueeze(1), float("-inf")).topk(k, dim=-1)
-    if int(counts.min()) >= k:
-        return Positions(best.indices)
-    used = (torch.arange(k, device=scores.device) < counts[:, None, None]).expand_as(best.indices)
-    return Positions(torch.where(used, best.indices, best.indices[..., :1]), used)
+    counts = counts.clamp(max=k)
+    fewest, most = int(counts.min()), int(counts.max())
+    index = scores.topk(most, dim=-1).indices
+    if fewest == most:
+        return Positions(index)
+    used = (torch.arange(most, device=index.device) < counts[:, None, None]).expand_as(index)
+    return Positions(torch.where(used, index, index[..., :1]), used)
 
 
 def gather_tokens(
@@ -147,10 +154,17 @@ def decode_attention(
     scale: float | None = None,
 ) -> tuple[Float[Tensor, "batch heads 1 width"], Float[Tensor, "batch heads keys"]]:
     """Dense attention of one query, and its probabilities in float32: what a selecting layer needs both of."""
-    batch, heads = query.shape[:2]
     logits = decode_logits(query, key, scale)
     if visible is not None:
         logits = logits.masked_fill(~visible.unsqueeze(1), float("-inf"))
     weights = logits.softmax(dim=-1)
-    grouped = weights.to(value.dtype).reshape(batch, key.shape[1], -1, key.shape[2])
-    return (grouped @ value).reshape(batch, heads, 1, -1), weights
+    return weigh_values(weights, value), weights
+
+
+def weigh_values(
+    weights: Float[Tensor, "batch heads keys"], value: Float[Tensor, "batch kv_heads keys width"]
+) -> Float[Tensor, "batch heads 1 width"]:
+    """``weights @ V``, values shared by the query heads of their group."""
+    batch, heads, keys = weights.shape
+    grouped = weights.to(value.dtype).reshape(batch, value.shape[1], -1, keys)
+    return (grouped @ value).reshape(batch, heads, 1, -1)

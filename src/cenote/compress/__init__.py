@@ -1,0 +1,1 @@
+"""Measures recipes against the dense model: quality, time, memory."""
