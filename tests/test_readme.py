@@ -10,7 +10,11 @@ import pytest
 import torch
 import typer
 
+from attention_hosts import decoder, padded
 from cenote import cli
+from cenote.attention import create_recipe, list_recipes
+from cenote.attention import registry as recipes
+from cenote.attention.host import cache_argument, output_cache
 from cenote.catalog import find
 from cenote.mixing import create_mixer, list_mixers
 from cenote.mixing import registry as mixers
@@ -72,6 +76,12 @@ def test_table_of_mixers_is_complete():
     assert named == set(list_mixers())
 
 
+def test_table_of_recipes_is_complete():
+    section = README.partition("## Recipes")[2].partition("\n## ")[0]
+    named = {name for row in section.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(list_recipes())
+
+
 def test_files_that_are_named_exist():
     for page in (README, CONTRIBUTING):
         for path in re.findall(r"\]\((?!https?:)([\w./-]+)\)", page):
@@ -82,7 +92,7 @@ def test_files_that_are_named_exist():
 
 def test_contributing_recipe_works(monkeypatch):
     """The example readout, registered as told, and its example reproduction."""
-    method, reproduction, _ = blocks(CONTRIBUTING)
+    method, reproduction, *_ = blocks(CONTRIBUTING)
     module = types.ModuleType("cenote.pooling.your_method")
     exec(compile(method, "your_method.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -98,7 +108,7 @@ def test_contributing_recipe_works(monkeypatch):
 
 def test_contributing_mixer_works(monkeypatch):
     """The example mixer, registered as told: the running mean, whole and in stretches, with padding in between."""
-    *_, code = blocks(CONTRIBUTING)
+    *_, code, _ = blocks(CONTRIBUTING)
     module = types.ModuleType("cenote.mixing.your_method")
     exec(compile(code, "your_method.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -111,3 +121,24 @@ def test_contributing_mixer_works(monkeypatch):
     torch.testing.assert_close(torch.cat([first, mix.chunk(tokens[:, 2:], state)[0]], dim=1), expected)
     mask = torch.tensor([[True, False, True], [True, True, True]])
     torch.testing.assert_close(mix(tokens, mask)[0, 2], (tokens[0, 0] + tokens[0, 2]) / 2)
+
+
+def test_contributing_recipe_for_attention_works(monkeypatch):
+    """The example recipe, registered as told: decoding equals attention under the mask that it stands for."""
+    *_, code = blocks(CONTRIBUTING)
+    module = types.ModuleType("cenote.attention.your_method")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(code, "your_method.py", "exec"), module.__dict__)
+    monkeypatch.setitem(recipes._FILES, "every_other", "your_method:EveryOther")
+    model = decoder("llama", num_hidden_layers=1)
+    ids, mask = padded((12, 9))
+    with create_recipe("every_other")(model), torch.no_grad():
+        out = model(ids[:, :-1], attention_mask=mask[:, :-1])
+        step = model(ids[:, -1:], attention_mask=mask, **cache_argument(output_cache(out))).logits
+    seen = torch.ones(12, 12, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    seen[:, :, -1, 0:11:2] = False  # the last query sees every other key, counted from its own
+    seen[1, :, :, :3] = False
+    seen |= torch.eye(12, dtype=torch.bool)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=seen).logits[:, -1:]  # rotary positions count differences only
+    torch.testing.assert_close(step, expected, atol=1e-4, rtol=1e-4)

@@ -10,6 +10,7 @@ import typer
 from mkdocs.structure.files import File, Files
 
 from cenote import cli
+from cenote.attention.registry import list_recipes, recipe_class
 from cenote.catalog import FAMILIES, SYSTEMS, System
 from cenote.mixing.registry import list_mixers, mixer_class
 from cenote.pooling.registry import list_layer_reductions, list_poolings, pooling_class
@@ -35,6 +36,9 @@ REFERENCE = {
     "data": ("data.load", "data.base", "data.graphs", "data.judged", "data.judged_load"),
     "probe": ("probe.run", "probe.result", "probe.readout", "probe.embedding_readout", "probe.store", "probe.extract",
               "probe.predict", "probe.scale"),
+    "attention": ("attention.base", "attention.registry", "attention.plan", "attention.cache", "attention.host",
+                  "attention.seer_gate", "attention.sink_dimensions", "integrations.attention_interface"),
+    "compress": ("compress.run", "compress.result", "compress.teacher_forced"),
     "tuning": ("tuning.contrastive", "tuning.embedding", "tuning.margin", "tuning.gnn", "tuning.gnn_folds",
                "tuning.accelerated", "tuning.diversity"),
     "inspection": ("inspection.open_set_registry", "inspection.open_set_base", "inspection.open_set",
@@ -56,7 +60,9 @@ REFERENCE = {
     "operations": ("ops.masked", "ops.statistics", "ops.query_attention", "ops.power", "ops.pyramid",
                    "ops.verification", "ops.retrieval", "ops.open_set", "ops.linear_recurrence", "ops.delta_rule",
                    "ops.ridge_recurrence", "ops.local_regression", "ops.attention_diversity", "ops.corruptions",
-                   "ops.attention_indicators", "ops.random_features", "ops.ridge", "ops.circuits"),
+                   "ops.attention_indicators", "ops.random_features", "ops.ridge", "ops.circuits",
+                   "ops.blocks", "ops.selection", "ops.block_sparse", "ops.gather_attention",
+                   "ops.attention_statistics", "ops.attention_sinks"),
     "reproductions": ("reproductions.base", "reproductions.run", "reproductions.all"),
 }  # fmt: skip
 """Modules of the reference, page by page."""
@@ -130,6 +136,8 @@ def family_page(family: str) -> str:
         lines += _poolings(shown)
     if family == "mixing":
         lines += _mixers(shown)
+    if family == "attention":
+        lines += _recipes(shown)
     if planned:
         lines += ["## Planned", "", "| system | paper | purpose |", "| --- | --- | --- |"]
         lines += [f"| {s.slug} | [{s.title}]({s.url}), {s.year} | {s.purpose} |" for s in planned]
@@ -168,6 +176,17 @@ def _mixers(shown: set[str]) -> list[str]:
         if entry not in shown:
             lines += [f"::: {entry.replace(':', '.')}", ""]
             shown.add(entry)
+    return lines
+
+
+def _recipes(shown: set[str]) -> list[str]:
+    """The recipes that are no system of their own."""
+    lines = ["## Recipes by name", "", f"For `create_recipe`: `{'`, `'.join(list_recipes())}`.", ""]
+    for name in list_recipes():
+        cls = recipe_class(name)
+        entry = f"{cls.__module__}:{cls.__name__}"
+        if entry not in shown:
+            lines += [f"::: {entry.replace(':', '.')}", ""]
     return lines
 
 

@@ -9,8 +9,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = (
+    "attention",
     "backbones",
     "catalog",
+    "compress",
     "data",
     "inspection",
     "integrations",

@@ -258,6 +258,10 @@ def share_attention(
     if missing or unexpected:
         raise ValueError(f"the model does not fit: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
     nn.Module.to(student, device=model.device)
+    theirs = dict(model.named_buffers())
+    for name, buffer in student.named_buffers():  # those that are not saved, such as frequencies, are copied as well
+        if name in theirs and theirs[name].shape == buffer.shape:
+            buffer.copy_(theirs[name])
     if model.generation_config is not None:
         student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)

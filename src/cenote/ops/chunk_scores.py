@@ -90,16 +90,14 @@ def best_chunks(
 
 def chunk_positions(chunks: Positions, chunk_size: int, order: TokenOrder) -> Positions:
     """The cache positions of the tokens of these chunks."""
-    within = torch.arange(chunk_size, device=chunks.index.device)
-    index = (chunks.index.unsqueeze(-1) * chunk_size + within).flatten(2)
-    lengths = order.lengths[:, None, None]
-    used = index < lengths
+    index = (chunks.index.unsqueeze(-1) * chunk_size + torch.arange(chunk_size, device=chunks.index.device)).flatten(2)
+    used = index < order.lengths[:, None, None]
     if chunks.mask is not None:
         used = used & chunks.mask.repeat_interleave(chunk_size, dim=-1)
-    index = torch.minimum(index, lengths - 1)
+    index = torch.minimum(index, order.lengths[:, None, None] - 1)
     if order.index is not None:
         index = order.index.unsqueeze(1).expand(-1, index.shape[1], -1).gather(-1, index)
-    return Positions(index, used)
+    return Positions(index, None if bool(used.all()) else used)
 
 
 def spread(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -79,13 +80,13 @@ def topk_positions(
     return Positions(torch.where(used, index, index[..., :1]), used)
 
 
-def gather_tokens(
+def memory_rows(
     x: Float[Tensor, "batch heads keys dim"], index: Int[Tensor, "batch sets chosen"]
-) -> Float[Tensor, "batch sets chosen dim"]:
-    """Rows of ``x`` at these positions; several sets to a head where there are more sets than heads.
+) -> tuple[Float[Tensor, "rows dim"], Int[Tensor, "places"]]:
+    """The memory behind ``x`` as rows, and which of them each set's positions are.
 
-    One flat ``index_select`` over rows of memory: ``gather`` with an expanded index is slower than dense attention.
-    Views into a larger buffer, as caches give them, are read in place.
+    Several sets go to a head where there are more sets than heads. Views into a larger buffer, as caches give them, are
+    read in place.
 
     Raises:
         ValueError: sets that are no multiple of the heads.
@@ -99,12 +100,24 @@ def gather_tokens(
         x = x.contiguous()
         step_batch, step_head = x.stride()[:2]
     rows_batch, rows_head = step_batch // dim, step_head // dim
-    total = (batch - 1) * rows_batch + (heads - 1) * rows_head + keys
-    flat = x.as_strided((total, dim), (dim, 1))
+    flat = x.as_strided(((batch - 1) * rows_batch + (heads - 1) * rows_head + keys, dim), (dim, 1))
     first = torch.arange(batch, device=x.device)[:, None] * rows_batch
     first = first + (torch.arange(sets, device=x.device) // (sets // heads)) * rows_head
-    rows = (index + first.unsqueeze(-1)).flatten()
-    return flat.index_select(0, rows).view(batch, sets, -1, dim)
+    return flat, (index + first.unsqueeze(-1)).flatten()
+
+
+def gather_tokens(
+    x: Float[Tensor, "batch heads keys dim"], index: Int[Tensor, "batch sets chosen"]
+) -> Float[Tensor, "batch sets chosen dim"]:
+    """Rows of ``x`` at these positions; several sets to a head where there are more sets than heads.
+
+    One flat ``index_select`` over rows of memory: ``gather`` with an expanded index is slower than dense attention.
+
+    Raises:
+        ValueError: sets that are no multiple of the heads.
+    """
+    flat, rows = memory_rows(x, index)
+    return flat.index_select(0, rows).view(*index.shape, x.shape[-1])
 
 
 def gather_attention(
@@ -125,13 +138,32 @@ def gather_attention(
     sets = positions.index.shape[1]
     if sets not in (heads, key.shape[1]):
         raise ValueError(f"expected one set for each of {key.shape[1]} key and value heads or {heads} query heads")
-    keys, values = gather_tokens(key, positions.index), gather_tokens(value, positions.index)
     grouped = query.reshape(batch, sets, heads // sets, head_dim)
-    logits = (grouped @ keys.transpose(-1, -2)).float() * (head_dim**-0.5 if scale is None else scale)
+    # The keys on the left: the other way round the product of one row is slower.
+    logits = (gather_tokens(key, positions.index) @ grouped.transpose(-1, -2)).transpose(-1, -2).float()
+    logits = logits * (head_dim**-0.5 if scale is None else scale)
     if positions.mask is not None:
         logits = logits.masked_fill(~positions.mask.unsqueeze(2), float("-inf"))
-    weights = logits.softmax(dim=-1).to(values.dtype)
-    return (weights @ values).reshape(batch, heads, 1, -1)
+    weights = logits.softmax(dim=-1).to(value.dtype)
+    if sets == heads and value.device.type == "cpu" and not (torch.is_grad_enabled() and _needs_grad(weights, value)):
+        return _weighted_rows(weights.squeeze(2), value, positions.index).unsqueeze(2)
+    return (weights @ gather_tokens(value, positions.index)).reshape(batch, heads, 1, -1)
+
+
+def _weighted_rows(
+    weights: Float[Tensor, "batch sets chosen"],
+    x: Float[Tensor, "batch heads keys dim"],
+    index: Int[Tensor, "batch sets chosen"],
+) -> Float[Tensor, "batch sets dim"]:
+    """``weights @ x[index]`` for one row of weights a set, summed while it is read: what is chosen is not copied."""
+    flat, rows = memory_rows(x, index)
+    ends = torch.arange(0, len(rows), index.shape[2])
+    bags = F.embedding_bag(rows, flat, ends, mode="sum", per_sample_weights=weights.flatten())
+    return bags.view(*index.shape[:2], -1)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def decode_logits(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,26 +79,16 @@ class Decoding:
             place.update(*torch.randn(2, 1, heads, keys, 64).unbind())
 
     @torch.no_grad()
-    def step(self) -> Tensor:
-        """One token; the cache is as long as before afterwards."""
+    def steps(self, plan: LayerPlan | None = None, count: int = 4) -> Tensor:
+        """The last logits of so many tokens under a plan, or densely; the cache is as before afterwards."""
         token = torch.zeros(1, 1, dtype=torch.long)
-        logits = self.model(token, use_cache=True, **cache_argument(self.cache)).logits
+        with nullcontext() if plan is None else replace(self.recipe, plan=plan)(self.model):
+            for _ in range(count):
+                logits = self.model(token, use_cache=True, **cache_argument(self.cache)).logits
         for place in self.cache.layers:
-            place.crop(-1)
+            place.crop(-count)
         return logits
 
     def plan(self, reuse: int) -> LayerPlan:
         """One full layer, so many reusing ones at the end, all others selecting."""
         return LayerPlan.from_selectors(self.layers, (0,), range(1, self.layers - reuse))
-
-    def under(self, plan: LayerPlan) -> Callable[[], Tensor]:
-        """A step under a plan, as a call to be timed."""
-        from dataclasses import replace
-
-        recipe = replace(self.recipe, plan=plan)
-
-        def call() -> Tensor:
-            with recipe(self.model):
-                return self.step()
-
-        return call

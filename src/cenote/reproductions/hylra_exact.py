@@ -42,7 +42,9 @@ def _limits(model: Any, ids: Tensor) -> list[Finding]:
     with redirected(model, _own_top_k(base), lazy_mask=True):
         expected = decoded()
     return [
-        at_most("With every layer selecting, each attends to its own top-k and nothing else.", _away(own, expected), 1e-3),
+        at_most(
+            "With every layer selecting, each attends to its own top-k and nothing else.", _away(own, expected), 1e-3
+        ),
         at_most("With k at least the number of keys decoding is dense.", _away(decoded(everything), dense), 1e-3),
         at_most(
             "With every layer full decoding is dense.", _away(decoded(replace(base, plan=("full",) * layers)), dense), 0
@@ -88,7 +90,10 @@ def _program() -> list[Finding]:
         at_most("The program changes its source no more often than it may.", float(over), 0, cases),
         at_most("No layer's source comes behind it.", float(later), 0, cases),
         at_most(
-            "Constant overlap gives one source to all layers that are not full.", float(len(sources) - 1), 0, "sources more"
+            "Constant overlap gives one source to all layers that are not full.",
+            float(len(sources) - 1),
+            0,
+            "sources more",
         ),
     ]
 

@@ -57,7 +57,7 @@ class Trained:
 def trained_models(quick: bool, data_dir: Path | None) -> list[Trained]:
     """The embedded language model and, where the data is, the stories model.
 
-    A set has 16 chunks of which five are fixed, as in the published plan for Qwen3-4B, and is 12 to 17 % of what is seen.
+    A set has 16 chunks of which five are fixed, as in the published plan for Qwen3-4B, and is 12 to 17 % of the keys.
     """
     model, tokenizer = load_embedded_language()
     ids = torch.tensor(tokenizer(evaluation_text(), add_special_tokens=False).input_ids)
@@ -87,7 +87,7 @@ def evaluation(trained: Trained, seed: int, texts: int) -> Tensor:
 
 
 def free_overlap(trained: Trained, seed: int) -> tuple[Tensor, float]:
-    """Overlap ``(kv_heads, layers, layers)`` of sets in which no chunk is fixed, and that of random ones: the budget."""
+    """Overlap ``(kv_heads, layers, layers)`` of sets without fixed chunks, and that of random ones: the budget."""
     sets = replace(trained.recipe.sets, first=0, last=0)
     batches = calibration(trained, seed)
     measured: LayerProfile = profile_layers(trained.model, batches, sets, trained.recipe.steps)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cenote.attention.block_prefill import BlockPrefillSession
 from cenote.attention.seer_attention import SeerAttention
 from cenote.ops.attention_statistics import block_maxima
 from cenote.ops.block_gate import block_target
@@ -51,10 +52,11 @@ def _limits_and_padding() -> list[Finding]:
         float((together[row, -length:] - alone).abs().max())
         for row, (length, alone) in enumerate(zip(lengths, single, strict=True))
     )
+    assert isinstance(session, BlockPrefillSession)
     note = f"Density {session.density():.2f}; lengths {lengths} padded on the left."
     return [
         *(
-            at_most(f"With {name} a model's logits are those of dense attention.", value, 1e-4)
+            at_most(f"With {name} a model's logits are those of dense attention.", value, 1e-5)
             for name, value in away.items()
         ),
         at_most("The logits of a padded batch are those of single runs.", apart, 1e-4, note=note),

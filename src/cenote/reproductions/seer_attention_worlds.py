@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,15 +14,17 @@ from cenote.attention.base import Recipe
 from cenote.attention.block_heuristic import BlockHeuristic
 from cenote.attention.block_prefill import BlockPrefill
 from cenote.attention.seer_attention import SeerAttention
+from cenote.worlds.planted_facts import PlantedFacts, PlantedFactsBatch, answer_accuracy
 
 STORIES_MODEL, STORIES = "models/stories260K", "tiny_stories_slice/stories.txt.gz"
 RATIOS = (0.5, 0.3, 0.2, 0.1)
 RULES = {
-    "random": "random blocks",
-    "local": "the nearest blocks",
-    "mean_pooled": "mean-pooled q.k",
     "quest": "Quest bounds",
+    "mean_pooled": "mean-pooled q.k",
+    "local": "the nearest blocks",
+    "random": "random blocks",
 }
+"""The strongest first."""
 LEARNED = "the learned gate"
 
 Curves = dict[str, dict[float, float]]
@@ -31,16 +33,17 @@ Curves = dict[str, dict[float, float]]
 
 @dataclass(frozen=True)
 class World:
-    """A frozen model, token ids to learn gates from ``(sequences, tokens)``, and ids to judge on."""
+    """A frozen model, token ids to learn gates from ``(sequences, tokens)``, ids to judge on, and facts to find."""
 
     name: str
     model: nn.Module
     training: Tensor
     judged: Tensor
     block_size: int
+    facts: PlantedFactsBatch | None = None
 
 
-def stories_world(data: Path, seed: int, sequences: int = 24) -> World:
+def stories_world(data: Path, seed: int, sequences: int = 20) -> World:
     """stories260K: gates learn from stories that the model itself writes, and are judged on real ones.
 
     The stories stand one behind the other, each with its beginning-of-text token, in windows of 512 tokens, as the
@@ -63,7 +66,11 @@ def stories_world(data: Path, seed: int, sequences: int = 24) -> World:
 
 
 def embedded_world(sequences: int = 16) -> World | None:
-    """The embedded language model on prose that it never saw, 1024 tokens at a time; ``None`` where it is not there."""
+    """The embedded language model on prose that it never saw and on planted facts, 1024 tokens at a time.
+
+    Half of what gates learn from is prose, half planted facts with other names and numbers than those judged. ``None``
+    where the model is not there.
+    """
     try:
         from cenote.backbones.embedded_language import evaluation_text, load_embedded_language, training_descriptions
 
@@ -77,8 +84,11 @@ def embedded_world(sequences: int = 16) -> World | None:
         rows = windows(tokenizer.encode(text, add_special_tokens=False), length - 1)
         return torch.cat([torch.full((len(rows), 1), start), rows], dim=1)
 
-    return World("the embedded language model", model, cut(training_descriptions())[:sequences],
-                 cut(evaluation_text())[:8], 16)  # fmt: skip
+    prose, half = cut(training_descriptions()), sequences // 2
+    planted = PlantedFacts(tokenizer, filler=training_descriptions()).batch(sequences - half, length, seed=1)
+    training = torch.cat([prose[:half], planted.input_ids])
+    facts = PlantedFacts(tokenizer).batch(32, length, seed=2)
+    return World("the embedded language model", model, training, cut(evaluation_text())[:8], 16, facts)
 
 
 def windows(ids: list[int], length: int) -> Tensor:
@@ -103,6 +113,17 @@ def perplexity(world: World, recipe: Recipe | None = None) -> float:
     return math.exp(total / count)
 
 
+def facts_found(world: World, recipe: Recipe | None = None) -> float:
+    """Share of the planted facts that the model answers right, in per cent; the world must have some."""
+    assert world.facts is not None
+    right = []
+    for first in range(0, len(world.facts.input_ids), 8):
+        part = slice(first, first + 8)
+        batch = PlantedFactsBatch(**{f.name: getattr(world.facts, f.name)[part] for f in fields(world.facts)})
+        right.append(answer_accuracy(_logits(world.model, batch.input_ids, recipe), batch))
+    return 100 * float(torch.cat(right).float().mean())
+
+
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor, recipe: Recipe | None) -> Tensor:
     if recipe is None:
@@ -119,10 +140,15 @@ def curves(world: World, learned: SeerAttention, seed: int, known: Curves | None
     """
     dense = perplexity(world)
     found: Curves = dict(known or {})
-    recipes: dict[str, BlockPrefill] = {LEARNED: learned}
-    for rule, name in RULES.items():
-        recipes[name] = BlockHeuristic(block_size=world.block_size, last_block_dense=False, rule=rule, seed=seed)
-    for name, recipe in recipes.items():
+    for name, recipe in recipes_of(world, learned, seed).items():
         if name not in found:
             found[name] = {1.0: dense, **{r: perplexity(world, replace(recipe, nz_ratio=r)) for r in RATIOS}}
     return found
+
+
+def recipes_of(world: World, learned: SeerAttention, seed: int) -> dict[str, BlockPrefill]:
+    """Every method by its name."""
+    recipes: dict[str, BlockPrefill] = {LEARNED: learned}
+    for rule, name in RULES.items():
+        recipes[name] = BlockHeuristic(block_size=world.block_size, last_block_dense=False, rule=rule, seed=seed)
+    return recipes

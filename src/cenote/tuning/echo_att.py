@@ -169,7 +169,7 @@ def _train(student: PreTrainedModel, data: Any, stage: EchoAttStage, losses: Any
         settings = {
             "output_dir": folder, "max_steps": stage.steps, "per_device_train_batch_size": stage.batch_size,
             "gradient_accumulation_steps": stage.accumulation, "learning_rate": stage.lr,
-            "warmup_steps": max(1, round(stage.warmup * stage.steps)), "lr_scheduler_type": "cosine",
+            "warmup_steps": round(stage.warmup * stage.steps), "lr_scheduler_type": "cosine",
             "weight_decay": stage.weight_decay, "max_grad_norm": stage.clip, "seed": stage.seed,
             "remove_unused_columns": False, "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
             "disable_tqdm": True, "use_cpu": student.device.type == "cpu", "dataloader_pin_memory": False,

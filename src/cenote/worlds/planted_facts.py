@@ -97,6 +97,11 @@ class PlantedFacts:
         lengths = [len(self._answer(self._number(rng))) for _ in range(50)]
         object.__setattr__(self, "_answer_length", max(set(lengths), key=lengths.count))
 
+    @property
+    def longest_sentence(self) -> int:
+        """Tokens of the longest sentence that states a fact."""
+        return max(map(len, self._questions)) + self._answer_length + len(self._stop)
+
     def batch(
         self,
         batch_size: int,
