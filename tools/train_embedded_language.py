@@ -47,28 +47,39 @@ SPECIAL = END, PAD = "<|endoftext|>", "<|pad|>"
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A share of the steps; each draws one of ``lengths`` in tokens.
+
+    ``facts`` of a step's documents hold planted facts, the others text; of these, ``repeats`` are random tokens said
+    over and over instead, a primer in looking back.
+    """
+
+    share: float
+    lengths: tuple[int, ...]
+    facts: float = 0.35
+    repeats: float = 0.0
+
+
+@dataclass(frozen=True)
 class Settings:
     """What decides the weights; a checkpoint of other settings is refused.
 
-    ``stages`` are (share of the steps, lengths); each step draws one of its stage's lengths and holds
-    ``tokens_per_step`` tokens (at least two documents), a part ``fact_share`` of them with planted facts. The tokens of
-    the answers weigh ``answer_weight`` in the loss, all others 1. In stages of at most two lengths ``repeat_share`` of the
-    other documents are random tokens said over and over, a primer in looking back.
+    Each step holds ``tokens_per_step`` tokens, at least two documents. The tokens of the answers weigh
+    ``answer_weight`` in the loss, all others 1. ``lookup_layers`` start as :func:`start_with_lookup` says.
     """
 
     steps: int = 4000
     tokens_per_step: int = 3072
-    stages: tuple[tuple[float, tuple[int, ...]], ...] = (
-        (0.06, (64,)),
-        (0.08, (64, 128)),
-        (0.20, (128, 256)),
-        (0.26, (256, 512)),
-        (0.28, (256, 512, 1024)),
-        (0.12, (512, 1024, 2048)),
+    stages: tuple[Stage, ...] = (
+        Stage(0.06, (64,), 0.5, 0.4),
+        Stage(0.08, (64, 128), 0.5, 0.4),
+        Stage(0.085, (128, 256), 0.5, 0.4),
+        Stage(0.115, (128, 256)),
+        Stage(0.26, (256, 512)),
+        Stage(0.28, (256, 512, 1024)),
+        Stage(0.12, (512, 1024, 2048)),
     )
-    fact_share: float = 0.5
     answer_weight: float = 8.0
-    repeat_share: float = 0.4
     lr: float = 3e-3
     warmup: int = 200
     weight_decay: float = 0.1
@@ -217,22 +228,22 @@ def start_with_lookup(model: LlamaForCausalLM, layers: tuple[int, ...]) -> None:
                 later.o_proj.weight[:, queries] = 0.1 * copied[layer][group].T
 
 
-def stage_lengths(settings: Settings, step: int) -> tuple[int, ...]:
+def stage_of(settings: Settings, step: int) -> Stage:
     passed = 0.0
-    for share, lengths in settings.stages:
-        passed += share
-        if step < passed * settings.steps:
-            return lengths
-    return settings.stages[-1][1]
+    for stage in settings.stages:
+        passed += stage.share
+        if step < round(passed * settings.steps):
+            return stage
+    return settings.stages[-1]
 
 
 def make_batch(settings: Settings, corpus: Corpus, world: PlantedFacts, step: int) -> tuple[Tensor, Tensor]:
     """The step's token ids and the weights of their loss; decided by the seed and the number of the step alone."""
     rng = np.random.default_rng((settings.seed, step))
-    lengths = stage_lengths(settings, step)
-    length = int(rng.choice(lengths))
+    stage = stage_of(settings, step)
+    length = int(rng.choice(stage.lengths))
     rows = max(2, settings.tokens_per_step // length)
-    fact_rows = max(1, round(rows * settings.fact_share))
+    fact_rows = max(1, round(rows * stage.facts))
     most = min(32, (length - 2) // (2 * world.longest_sentence + 1))
     facts = int(rng.integers(min(4, most), most + 1))
     questions = int(rng.integers((facts + 1) // 2, facts + 1))
@@ -241,12 +252,11 @@ def make_batch(settings: Settings, corpus: Corpus, world: PlantedFacts, step: in
     weights[:fact_rows].scatter_(1, planted.answer_positions.flatten(1), settings.answer_weight)
     start = planted.input_ids[0, :1]
     texts = []
-    repeats = settings.repeat_share if len(lengths) <= 2 else 0.0
     for row in range(rows - fact_rows):
         stream = corpus.descriptions if rng.random() < 0.05 else corpus.novels
         first = int(rng.integers(max(1, len(stream) - length)))
         text = stream[first : first + length - 1]
-        if rng.random() < repeats:
+        if rng.random() < stage.repeats:
             text = torch.from_numpy(rng.integers(len(SPECIAL), settings.vocab, int(rng.integers(8, length // 2))))
             weights[fact_rows + row, : len(text) + 1] = 0
         texts.append(torch.cat([start, text.repeat(-(-length // len(text)))])[:length])
@@ -355,7 +365,7 @@ def train(
             save_checkpoint(checkpoint, model, optimizer, settings, step)
             save_embedded_language(model, tokenizer, out)
             model.eval()
-            print(report(model, tokenizer, corpus, stage_lengths(settings, step)), flush=True)
+            print(report(model, tokenizer, corpus, stage_of(settings, step).lengths), flush=True)
             model.train()
     return model.eval()
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from attention_hosts import FAMILIES, decoder, padded
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from attention_hosts import FAMILIES, decoder, padded
 from cenote.attention import EchoAtt, Recipe
 from cenote.attention.echo_att_cache import ValueLayer
 from cenote.attention.host import cache_argument

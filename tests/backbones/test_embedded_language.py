@@ -46,7 +46,9 @@ def tool():
 
 
 def test_shipped_files_are_small():
-    assert sum(file.stat().st_size for file in SHIPPED.parent.glob("embedded_language*.*") if file.suffix != ".py") < 2e6
+    assert (
+        sum(file.stat().st_size for file in SHIPPED.parent.glob("embedded_language*.*") if file.suffix != ".py") < 2e6
+    )
 
 
 def test_is_an_ordinary_llama(loaded):
@@ -71,7 +73,11 @@ def test_dtype(loaded):
 
 def test_tokenizer_gives_every_text_back(loaded):
     tokenizer = loaded[1]
-    for text in (evaluation_text(), "Ünïcode “quotes”, 日本, 1851-07-04 and  two spaces\n\ttab", " The number of Yorick is 0042."):
+    for text in (
+        evaluation_text(),
+        "Ünïcode “quotes”, 日本, 1851-07-04 and  two spaces\n\ttab",
+        " The number of Yorick is 0042.",
+    ):
         ids = tokenizer.encode(text)
         assert ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -137,7 +143,7 @@ def test_saved_models_load_again(loaded, tmp_path):
 
 
 def test_wrong_files_are_refused(loaded, tmp_path):
-    with pytest.raises(ValueError, match="there is no .*nowhere"):
+    with pytest.raises(ValueError, match=r"there is no .*nowhere"):
         load_embedded_language(tmp_path / "nowhere.safetensors")
     save_embedded_language(*loaded, tmp_path)
     weights, settings = tmp_path / SHIPPED.name, tmp_path / "embedded_language.json"
@@ -154,10 +160,9 @@ def test_wrong_files_are_refused(loaded, tmp_path):
 
 @pytest.fixture
 def small(tool):
-    settings = tool.Settings(
-        steps=6, tokens_per_step=256, stages=((0.5, (64,)), (0.5, (128,))), warmup=2, vocab=512, hidden=32, layers=4,
-        heads=2, key_value_heads=1, mlp=32, context=128,
-    )  # fmt: skip
+    stages = (tool.Stage(0.5, (64,), 0.5, 0.5), tool.Stage(0.5, (128,)))
+    sizes = {"vocab": 512, "hidden": 32, "layers": 4, "heads": 2, "key_value_heads": 1, "mlp": 32, "context": 128}
+    settings = tool.Settings(steps=6, tokens_per_step=256, stages=stages, warmup=2, **sizes)
     novels = [training_descriptions()]
     tokenizer = tool.train_tokenizer(novels, settings.vocab)
     return settings, tool.make_corpus(novels, [evaluation_text()], tokenizer), tokenizer

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import DynamicCache
 
 from attention_hosts import decoder, padded
 from cenote.compress.teacher_forced import teacher_forced_logits, text_nll
@@ -20,6 +21,20 @@ def test_left_padded_rows_say_what_they_say_alone():
     steps = teacher_forced_logits(model, ids, mask.bool(), prompt=10)
     alone = teacher_forced_logits(model, ids[1:, 7:], prompt=3)
     torch.testing.assert_close(steps[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_filled_cache_is_continued():
+    model = decoder()
+    ids, mask = padded((20, 13))
+    whole = teacher_forced_logits(model, ids, mask.bool(), prompt=12)
+    cache = DynamicCache(config=model.config)
+    teacher_forced_logits(model, ids[:, :11], mask[:, :11].bool(), prompt=11, cache=cache)
+    for _ in range(2):
+        again = teacher_forced_logits(model, ids, mask.bool(), prompt=12, cache=cache)
+        torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-5)
+        cache.crop(-9)
+    with pytest.raises(ValueError, match="holds 11 tokens"):
+        teacher_forced_logits(model, ids, mask.bool(), prompt=11, cache=cache)
 
 
 def test_nll_is_that_of_the_tokens_behind_the_prompt():

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from attention_hosts import decoder, padded
 
+from attention_hosts import decoder, padded
 from cenote.attention.echo_att_similarity import layer_similarity
 from cenote.inspection.attention_similarity import attention_similarity_of_layers, removed_by_sharing
 from cenote.ops.layer_sharing import (
@@ -103,7 +103,9 @@ def test_the_published_counts():
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_formula_counts_a_models_own_parameters(family):
     attention = decoder(family).model.layers[0].self_attn
-    parts = [p for name, p in attention.named_parameters() if name.split(".")[0] in ("q_proj", "k_proj", "q_norm", "k_norm")]
+    parts = [
+        p for name, p in attention.named_parameters() if name.split(".")[0] in ("q_proj", "k_proj", "q_norm", "k_norm")
+    ]
     assert removed_by_sharing(decoder(family), 2) == 2 * sum(p.numel() for p in parts)
 
 

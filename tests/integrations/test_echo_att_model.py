@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from attention_hosts import FAMILIES, decoder, padded
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
+from attention_hosts import FAMILIES, decoder, padded
 from cenote.attention import EchoAtt
 from cenote.attention.echo_att_cache import ValueLayer
 from cenote.attention.host import cache_argument
@@ -51,7 +51,9 @@ def test_masks_of_both_implementations(implementation):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"cache_implementation": "static"}]
+)
 def test_cached_generation_is_full_recomputation(form, how):
     student = share_attention(decoder("llama"), (2, 3), shared_form=form)
     ids, mask = padded((9, 14, 2))
@@ -105,7 +107,9 @@ def test_a_dense_checkpoint_loses_exactly_the_keys_of_shared_layers(tmp_path):
     dense = decoder("llama")
     dense.save_pretrained(tmp_path / "dense")
     config = EchoAttLlamaConfig.from_pretrained(tmp_path / "dense", shared_layers=[2])
-    student, report = EchoAttLlamaForCausalLM.from_pretrained(tmp_path / "dense", config=config, output_loading_info=True)
+    student, report = EchoAttLlamaForCausalLM.from_pretrained(
+        tmp_path / "dense", config=config, output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     ids, _ = padded((9,))

@@ -1,5 +1,7 @@
 """Grids, bit packing, round-to-nearest and GPTQ."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -198,3 +200,18 @@ def test_bad_settings_are_refused():
         round_to_nearest(weight, GridSettings(3, group_size=20))
     with pytest.raises(ValueError, match="damping above 0"):
         gptq(weight, _hessian(x), GridSettings(3), damping=0.0)
+
+
+def test_columns_without_input_shape_the_grid_of_whole_rows_only():
+    weight, inputs = torch.randn(4, 32), torch.randn(50, 32)
+    weight[:, 5], inputs[:, 5] = 40.0, 0
+    hessian = WeightedHessian(32)
+    hessian.add(inputs)
+    plain = GridSettings(4, clip_search=False)
+    widest = weight.abs().amax(1) / 7
+    torch.testing.assert_close(gptq(weight, hessian.value, plain).quantized.scale[:, 0], widest)
+    weight[:, 5] = 0
+    for static in (True, False):
+        groups = gptq(weight.index_fill(1, torch.tensor(5), 40.0), hessian.value, replace(plain, group_size=32),
+                      static_groups=static)  # fmt: skip
+        torch.testing.assert_close(groups.quantized.scale[:, 0], weight.abs().amax(1) / 7)

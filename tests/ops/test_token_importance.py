@@ -52,7 +52,7 @@ def test_concentration_variants():
     by_count = attention_concentration(received, mask, position="count")
     torch.testing.assert_close(by_count[0, :3], torch.tensor([4 / 3, 1.0, 1.0]))
     by_root = attention_concentration(received, None, "sqrt", "sqrt")
-    torch.testing.assert_close(by_root, (received / torch.tensor([4.0, 3.0, 2.0, 1.0]).sqrt()).sqrt())
+    torch.testing.assert_close(by_root, received.sqrt() / torch.tensor([4.0, 3.0, 2.0, 1.0]).sqrt())
 
 
 def test_rules_of_activations_are_their_plain_forms_and_do_not_see_a_rotation():

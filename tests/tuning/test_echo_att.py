@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from attention_hosts import decoder, padded
 
+from attention_hosts import decoder, padded
 from cenote.attention.host import Host
 from cenote.integrations.echo_att_model import share_attention
 from cenote.ops.distillation import divergence_loss, hard_label_loss
@@ -38,11 +38,19 @@ def test_losses_by_hand():
 
 
 def test_a_student_like_its_teacher_loses_nothing_but_the_hard_part():
-    teacher = decoder("llama")
+    teacher = decoder("llama").double()
     ids, mask = padded((9, 14))
     batch = {"input_ids": ids, "attention_mask": mask}
     found = distillation_losses(share_attention(teacher, ()), teacher, batch)
     assert (found.intermediate.item(), found.soft.item()) == (0.0, 0.0)
+    first, second = (teacher.model.layers[n].self_attn for n in (1, 2))
+    first.o_proj.weight.zero_()  # layers 1 and 2 see the same input and make the same map of it
+    teacher.model.layers[1].mlp.down_proj.weight.zero_()
+    second.q_proj.weight.copy_(first.q_proj.weight)
+    second.k_proj.weight.copy_(first.k_proj.weight)
+    found = distillation_losses(share_attention(teacher, (2,)), teacher, batch)
+    assert max(found.intermediate.item(), found.soft.item()) < 1e-9
+    teacher = decoder("llama")
     student = share_attention(teacher, (2,))
     copied = distillation_losses(student, teacher, batch)
     assert min(copied.intermediate.item(), copied.soft.item()) > 1e-4
@@ -108,7 +116,9 @@ def test_ragged_samples_are_padded_and_masked():
     student = share_attention(decoder("llama"), (2, 3)).requires_grad_()
     samples = [{"input_ids": list(range(2, 2 + n))} for n in (4, 9, 6, 5)]
     whole = continue_training(student, samples, EchoAttStage(1, batch_size=4, lr=1e-9)).history[0]["loss"]
-    single = [student(torch.tensor([s["input_ids"]]), labels=torch.tensor([s["input_ids"]])).loss.item() for s in samples]
+    single = [
+        student(torch.tensor([s["input_ids"]]), labels=torch.tensor([s["input_ids"]])).loss.item() for s in samples
+    ]
     counts = [len(s["input_ids"]) - 1 for s in samples]
     assert math.isclose(whole, sum(a * n for a, n in zip(single, counts, strict=True)) / sum(counts), rel_tol=1e-4)
 

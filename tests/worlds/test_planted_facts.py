@@ -135,7 +135,8 @@ def test_bad_requests(world, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"filler": ""}, "empty"), ({"digits": 0}, "digits"), ({"names": ("Ada", "Ada")}, "names")]
+    ("arguments", "message"),
+    [({"filler": ""}, "empty"), ({"digits": 0}, "digits"), ({"names": ("Ada", "Ada")}, "names")],
 )
 def test_bad_worlds(tokenizer, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -14,6 +14,7 @@ _PUBLIC = {
     "Recipe": "base",
     "RectifiedSpaAttn": "rectified_spaattn",
     "SeerAttention": "seer_attention",
+    "SeerDecode": "seer_decode",
     "TidalDecode": "tidal_decode",
     "VisualAttentionRedistribution": "visual_attention_redistribution",
     "Window": "window",

@@ -25,9 +25,10 @@ class EchoAtt(Recipe):
     """Shared attention maps on an unchanged model: ``with EchoAtt(shared_layers=(4, 5))(model): model.generate(...)``.
 
     A shared layer ``j`` gives ``A_i V_j``, where ``A_i = softmax(Q_i K_i^T / sqrt(D))`` is the map of the nearest
-    earlier layer ``i`` that is not shared and ``V_j`` are its own values; its output projection and feed-forward network
-    are its own too. Its queries and keys are still projected, as the model is unchanged: to be rid of those weights as
-    well, and to repair the model by training, see :func:`cenote.integrations.echo_att_model.share_attention`.
+    earlier layer ``i`` that is not shared and ``V_j`` are its own values; its output projection and feed-forward
+    network are its own too. Its queries and keys are still projected, as the model is unchanged: to be rid of those
+    weights as well, and to repair the model by training, see
+    :func:`cenote.integrations.echo_att_model.share_attention`.
 
     Shared layers cache no keys (a static cache has room for them, which stays unused), so that a cache begun inside the
     block cannot be continued outside. Only layers that are copied from make their map explicitly.
@@ -80,7 +81,7 @@ class EchoAtt(Recipe):
         if self.shared_layers or self.ratio is None:
             return self
         alike = layer_similarity(model, batches)
-        if self.ratio == "auto":
+        if isinstance(self.ratio, str):
             layers = choose_by_gap(alike, self.block_size)
             if not layers:
                 raise ValueError("the similarities leave no block of inner layers to share: give a ratio")
@@ -105,7 +106,8 @@ def check_alike(host: Host, plan: LayerPlan) -> None:
             ours, theirs = (_heads(host.attentions[number]) for number in (layer, source))
             if ours != theirs:
                 raise ValueError(
-                    f"layer {layer} has heads and width {ours}, its source, layer {source}, has {theirs}: expected equal"
+                    f"layer {layer} has heads and width {ours}, its source, layer {source}, has {theirs}: "
+                    "expected equal"
                 )
 
 

@@ -28,6 +28,6 @@ def give_value_layers(cache: Cache, shared: Iterable[int]) -> None:
     Static and sliding layers stay: given keys of width 0 they keep none.
     """
     for number in shared:
-        layer = cache.layers[number]
+        layer: Any = cache.layers[number]
         if type(layer) in (DynamicLayer, PreallocatedLayer) and not layer.get_seq_length():
             cache.layers[number] = ValueLayer()

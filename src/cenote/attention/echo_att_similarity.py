@@ -107,7 +107,9 @@ def _checked(batch: Mapping[str, Any], host: Host) -> tuple[Tensor, Bool[Tensor,
     return ids, mask
 
 
-def _query_key(model: nn.Module, host: Host, ids: Tensor, mask: Tensor | None) -> tuple[list[tuple[Tensor, Tensor]], float]:
+def _query_key(
+    model: nn.Module, host: Host, ids: Tensor, mask: Tensor | None
+) -> tuple[list[tuple[Tensor, Tensor]], float]:
     """Queries and keys of every layer, positions rotated in, from one pass; and the factor on their product."""
     numbers = {id(attention): layer for layer, attention in enumerate(host.attentions)}
     seen: dict[int, tuple[Tensor, Tensor]] = {}

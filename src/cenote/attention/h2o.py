@@ -85,7 +85,9 @@ class EvictingLayer(PreallocatedLayer):
             kept = self.state.places < length
             counts = kept.sum(dim=-1)
             if int(counts.min()) != int(counts.max()):
-                raise ValueError("h2o has dropped some of the tokens that are to be taken back: they cannot be told apart")
+                raise ValueError(
+                    "h2o has dropped some of the tokens that are to be taken back: they cannot be told apart"
+                )
             self.keep(kept.byte().argsort(dim=-1, descending=True, stable=True)[..., : int(counts.min())])
             self.seen = length
 
@@ -190,7 +192,9 @@ class _Session(Session):
             priority = priority.masked_fill(recent, float("inf"))
         else:
             order = padding.cumsum(dim=1)
-            order = torch.where(padding, order, -1)[:, None].expand(-1, priority.shape[1], -1).gather(2, received.places)
+            order = (
+                torch.where(padding, order, -1)[:, None].expand(-1, priority.shape[1], -1).gather(2, received.places)
+            )
             recent = order > padding.sum(dim=1)[:, None, None] - self.recipe.newest
             priority = priority.masked_fill(recent, float("inf")).masked_fill(order < 0, float("-inf"))
         if surplus == 1:

@@ -194,8 +194,8 @@ def profile_layers(
         raise ValueError("the model has no layer of plain causal attention to profile")
     ratios, overlaps = [], []
     for batch in batches:
-        mask = batch.get("attention_mask")
-        if mask is not None and not bool(mask[:, -1].all()):
+        batch = {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
+        if not bool(batch["attention_mask"][:, -1].all()):
             raise ValueError("calibration texts must be padded on the left, as generation wants them")
         # The first new token comes of the prompt's own pass, so ``steps`` decoding steps make one token more.
         wanted = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1, "do_sample": False, "num_beams": 1}

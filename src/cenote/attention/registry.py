@@ -15,6 +15,7 @@ _FILES = {
     "hylra": "hylra:HyLRA",
     "quest": "quest:Quest",
     "seer_attention": "seer_attention:SeerAttention",
+    "seer_decode": "seer_decode:SeerDecode",
     "tidal_decode": "tidal_decode:TidalDecode",
     "window": "window:Window",
     "visual_attention_redistribution": "visual_attention_redistribution:VisualAttentionRedistribution",

@@ -137,8 +137,7 @@ class DecodeGate(nn.Module):
         super().__init__()
         check_sizes(heads, kv_heads, block_size)
         width = head_dim if hidden_size is None else hidden_size
-        if query_pooling not in ("Qproj", "Qavgproj", "Qavg"):
-            raise ValueError(f"query_pooling must be 'Qproj', 'Qavgproj' or 'Qavg', got {query_pooling!r}")
+        check_query_pooling(query_pooling)
         if query_pooling == "Qavg" and width != head_dim:
             raise ValueError(f"'Qavg' leaves queries at the heads' width {head_dim}, so hidden_size cannot be {width}")
         self.block_size, self.rotary = block_size, rotary
@@ -172,12 +171,30 @@ class DecodeGate(nn.Module):
     ) -> Float[Tensor, "batch kv_heads blocks hidden_size"]:
         """One vector a block of keys without rotary positions, and the positions ``(batch, blocks, width)`` that the
         blocks are given."""
-        return self._finish(self.key(pool_kinds(key, self.block_size, self.key_kinds)), self.key_norm, rotary)
+        return self.compress(self.pool(key), rotary)
+
+    def pool(
+        self, key: Float[Tensor, "batch kv_heads tokens head_dim"]
+    ) -> Float[Tensor, "batch kv_heads blocks key_width"]:
+        """What the gate reads of keys without rotary positions. No parameter takes part."""
+        return pool_kinds(key, self.block_size, self.key_kinds)
+
+    def compress(
+        self, pooled: Float[Tensor, "batch kv_heads blocks key_width"], rotary: Rotary | None
+    ) -> Float[Tensor, "batch kv_heads blocks hidden_size"]:
+        """One vector a block from its pooled keys and the positions ``(batch, blocks, width)`` that it is given."""
+        return self._finish(self.key(pooled), self.key_norm, rotary)
 
     def _finish(self, x: Tensor, norm: nn.RMSNorm | None, rotary: Rotary | None) -> Tensor:
         if norm is not None:
             x = nn.functional.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
         return turn(x, rotary if self.rotary else None)
+
+
+def check_query_pooling(kind: str) -> None:
+    """Raise ``ValueError`` for an unknown way of making the queries of a group one."""
+    if kind not in ("Qproj", "Qavgproj", "Qavg"):
+        raise ValueError(f"query_pooling must be 'Qproj', 'Qavgproj' or 'Qavg', got {kind!r}")
 
 
 def check_sizes(heads: int, kv_heads: int, block_size: int) -> None:

@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.attention.base import LayerCall, Recipe, Session
-from cenote.attention.block_prefill import prompts
+from cenote.attention.block_prefill import Prompt, prompts
 from cenote.attention.host import Host
-from cenote.attention.seer_gate import PrefillGate, Rotary
+from cenote.attention.seer_decode_training import ShownSteps
+from cenote.attention.seer_gate import DecodeGate, PrefillGate, Rotary
 from cenote.ops.block_gate import block_target, distillation_loss
 
 if TYPE_CHECKING:
-    from cenote.attention.seer_attention import SeerAttention
+    from cenote.attention.seer_learning import GatedRecipe
 
 FACTOR = 10.0
 """Published weight of the loss."""
@@ -40,14 +41,27 @@ class Shown:
     rotary: Rotary | None
     target: Tensor
 
+    @classmethod
+    def of(cls, gate: PrefillGate, prompt: Prompt) -> Shown:
+        """What the gate learns from in these prompts."""
+        size, rotary = gate.block_size, None
+        if prompt.rotary is not None:
+            rotary = (prompt.rotary[0][:, ::size].clone(), prompt.rotary[1][:, ::size].clone())
+        target = block_target(prompt.query, prompt.key, size, prompt.scale)
+        return cls(*gate.pool(*prompt.unrotated), rotary, target)
 
-Observation = dict[str, Shown]
+    def loss(self, gate: PrefillGate, reduction: str = "mean") -> Float[Tensor, ""]:
+        """``KL(target || softmax(logits))``, before the published factor of 10."""
+        return distillation_loss(gate.score(self.query, self.key, self.rotary), self.target, reduction)
+
+
+Observation = Mapping[str, Shown | ShownSteps]
 """What the layers showed of prompts of one length, by the layer's number."""
 
 
 @torch.no_grad()
 def observe(
-    model: nn.Module, recipe: SeerAttention, gates: nn.ModuleDict, batch: Mapping[str, Tensor]
+    model: nn.Module, recipe: GatedRecipe, gates: nn.ModuleDict, batch: Mapping[str, Tensor]
 ) -> list[Observation]:
     """Run the model densely and keep, of every layer with a gate, what the gate's training needs.
 
@@ -64,7 +78,7 @@ def observe(
         One observation, or one a row where rows have padding.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    with _Watching(gates, recipe.block_size)(model) as session:
+    with _Watching(gates)(model) as session:
         model(**inputs, use_cache=False)
     assert isinstance(session, _WatchingSession)
     return session.seen
@@ -72,10 +86,7 @@ def observe(
 
 def gate_loss(gates: nn.ModuleDict, observation: Observation, reduction: str = "mean") -> Float[Tensor, ""]:
     """Ten times the sum over layers of :func:`~cenote.ops.block_gate.distillation_loss`."""
-    losses = [
-        distillation_loss(_gate(gates, layer).score(shown.query, shown.key, shown.rotary), shown.target, reduction)
-        for layer, shown in observation.items()
-    ]
+    losses = [shown.loss(gates[layer], reduction) for layer, shown in observation.items()]  # type: ignore[arg-type]
     return FACTOR * torch.stack(losses).sum()
 
 
@@ -120,12 +131,6 @@ def train_gates(
     return losses
 
 
-def _gate(gates: nn.ModuleDict, layer: str) -> PrefillGate:
-    gate = gates[layer]
-    assert isinstance(gate, PrefillGate)
-    return gate
-
-
 @dataclass(frozen=True)
 class _Watching(Recipe):
     """Attends as the model does and notes what gates learn from."""
@@ -133,7 +138,6 @@ class _Watching(Recipe):
     name: ClassVar[str] = "seer_attention's training"
 
     gates: nn.ModuleDict
-    block_size: int
 
     def start(self, host: Host) -> _WatchingSession:
         return _WatchingSession(host, self)
@@ -143,19 +147,17 @@ class _WatchingSession(Session):
     def __init__(self, host: Host, watching: _Watching) -> None:
         super().__init__(host, [int(layer) for layer in watching.gates])
         self.watching = watching
-        self.seen: list[Observation] = []
+        self.seen: list[dict[str, Shown | ShownSteps]] = []
 
     def begin(self, kwargs: dict[str, Any]) -> None:
         self.seen = []
 
     def attend(self, call: LayerCall) -> Float[Tensor, "batch heads queries head_dim"]:
-        gate, size = _gate(self.watching.gates, str(call.layer)), self.watching.block_size
+        gate = self.watching.gates[str(call.layer)]
         for number, (_, prompt) in enumerate(prompts(call)):
-            rotary = None
-            if prompt.rotary is not None:
-                rotary = (prompt.rotary[0][:, ::size].clone(), prompt.rotary[1][:, ::size].clone())
-            target = block_target(prompt.query, prompt.key, size, prompt.scale)
             if number == len(self.seen):
                 self.seen.append({})
-            self.seen[number][str(call.layer)] = Shown(*gate.pool(*prompt.unrotated), rotary, target)
+            self.seen[number][str(call.layer)] = (
+                ShownSteps.of(gate, prompt) if isinstance(gate, DecodeGate) else Shown.of(gate, prompt)  # type: ignore[arg-type]
+            )
         return call.dense()

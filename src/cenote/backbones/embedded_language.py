@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -20,12 +19,13 @@ SHIPPED = Path(__file__).with_name("embedded_language.safetensors")
 HELD_OUT_DESCRIPTIONS = ("breast_cancer", "diabetes", "olivetti_faces", "twenty_newsgroups")
 
 # One token each in the shipped vocabulary, and not in the novels it was trained on: what planted facts are about.
-NAMES = tuple(
+_NAMES = (
     "Alvar Anouk Aziza Bodil Benno Bruna Caius Casimir Cedric Corvin Dagny Delphine Dorian Edda Egon Elspeth Enzo "
     "Fabian Farid Fiorella Gaspard Gerda Gideon Greta Hadrian Hedda Horst Ilka Imogen Ingrid Ivo Jarek Jasper Joris "
     "Juno Kaspar Katya Kenji Lambert Leif Linus Lorenz Magda Marlow Milo Nadia Nestor Ottilie Pavel Petra Quentin "
-    "Ragna Rufus Sabine Selma Soren Tamsin Tibor Ulrich Vesna Viggo Willem Xenia Yorick".split()
+    "Ragna Rufus Sabine Selma Soren Tamsin Tibor Ulrich Vesna Viggo Willem Xenia Yorick"
 )
+NAMES = tuple(_NAMES.split())
 
 
 def load_embedded_language(
@@ -70,7 +70,8 @@ def load_embedded_language(
             raise ValueError(f"missing {sorted(missing)}, unexpected {sorted(unexpected)}")
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ValueError(f"{file} and {settings.name} do not hold an embedded language model: {error}") from error
-    return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
+    moved: LlamaForCausalLM = torch.nn.Module.to(model, device, dtype or torch.float32)
+    return moved.eval(), tokenizer
 
 
 def save_embedded_language(

@@ -17,6 +17,7 @@ VERBS = {
     "probe": ("cenote.cli.probe:command", "Compare every readout on a frozen backbone and keep the best."),
     "predict": ("cenote.cli.predict:command", "Apply the readout that a probe kept to new inputs."),
     "cache": ("cenote.cli.cache:app", "List and clear the stored features."),
+    "compress": ("cenote.cli.compress:command", "Compare methods that make a language model do less."),
     "reproduce": ("cenote.cli.reproduce:command", "Run a paper's central claim and give a verdict."),
     "list": ("cenote.cli.catalog:list_command", "List the systems: what there is, for what, from which paper."),
     "show": ("cenote.cli.catalog:show_command", "Show one system: paper, purpose, hosts, entry point."),

@@ -33,7 +33,9 @@ class Folder:
         if path.exists() and any(path.iterdir()) and not (path / MARK).exists():
             raise ValueError(f"{path} is not empty and holds no comparison: choose another folder")
         self.path, self.fresh = path, fresh
-        self.inputs = {key: value for key, value in settings.items() if key not in ("methods", "budgets", "keep", "loss")}
+        self.inputs = {
+            key: value for key, value in settings.items() if key not in ("methods", "budgets", "keep", "loss")
+        }
         self.digest = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:16]
         (path / "rows").mkdir(parents=True, exist_ok=True)
         write_whole(path / MARK, json.dumps(settings, indent=2) + "\n")

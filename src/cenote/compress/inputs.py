@@ -141,9 +141,7 @@ def _stretches(ids: Tensor, length: int, rows: int, tokenizer: Any) -> Tensor:
     return stretches if bos is None else torch.cat((torch.full((rows, 1), bos), stretches), dim=1)
 
 
-def _documents(
-    facts: PlantedFacts, length: int, depths: list[float] | None, seed: int
-) -> PlantedFactsBatch | None:
+def _documents(facts: PlantedFacts, length: int, depths: list[float] | None, seed: int) -> PlantedFactsBatch | None:
     """Documents with as many facts as there is room for; ``None`` where two are too many."""
     rows = CALIBRATION_ROWS // 2 if depths is None else len(depths)
     for count in (8, 4, 2):

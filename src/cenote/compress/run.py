@@ -217,7 +217,10 @@ def _choose(table: tuple[Row, ...], loss: float) -> tuple[str | None, str]:
     if good:
         return min(good, key=lambda row: row.request_ms).name, ""
     best = max(known, key=lambda row: row.quality)
-    return best.name, f"no recipe stays within {100 * loss:g} % of the dense quality; {best.name} comes nearest and is kept"
+    return (
+        best.name,
+        f"no recipe stays within {100 * loss:g} % of the dense quality; {best.name} comes nearest and is kept",
+    )
 
 
 def _keep(
@@ -264,5 +267,7 @@ def _context(context: int | None, model: Any, steps: int) -> int:
     context = min(CONTEXT, room) if context is None else context
     least = max(steps, STEPS + WARM_UP) + 8
     if not least <= context <= room:
-        raise ValueError(f"context must lie between {least} (timed and decoded tokens) and {room} (the model), got {context}")
+        raise ValueError(
+            f"context must lie between {least} (timed and decoded tokens) and {room} (the model), got {context}"
+        )
     return context

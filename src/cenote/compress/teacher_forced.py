@@ -34,10 +34,11 @@ def teacher_forced_logits(
         mask: the real ones; all if not given.
         prompt: columns of the first pass.
         positions: of the tokens; counted among the real ones of each row if not given.
-        cache: one that holds nothing yet; a growing one if not given.
+        cache: a growing one if not given. What it holds already is not run again: with all of the prompt but its last
+            column in it, each column from there on is a step, and :meth:`crop` makes it ready for another recipe.
 
     Raises:
-        ValueError: a prompt outside 1 to ``tokens``, or a row without a real token in it.
+        ValueError: a prompt outside 1 to ``tokens``, a row without a real token in it, or a cache that holds all of it.
     """
     tokens = ids.shape[1]
     if not 1 <= prompt <= tokens:
@@ -48,10 +49,13 @@ def teacher_forced_logits(
     ids, mask = ids.to(model.device), mask.to(model.device)
     given = None if bool(mask.all()) else mask.long()
     places = real_positions(mask) if positions is None else positions.to(model.device)
-    held = cache_argument(DynamicCache(config=model.config) if cache is None else cache)
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    first, held = int(cache.get_seq_length()), cache_argument(cache)
+    if first >= prompt:
+        raise ValueError(f"the cache holds {first} tokens, so nothing is left of a prompt of {prompt}")
     logits = []
     for last in range(prompt, tokens + 1):
-        new = slice(0 if last == prompt else last - 1, last)
+        new = slice(first if last == prompt else last - 1, last)
         output = model(
             input_ids=ids[:, new], attention_mask=None if given is None else given[:, :last],
             position_ids=places[:, new], use_cache=True, logits_to_keep=1, **held,

@@ -49,7 +49,7 @@ class HostMask:
         """Whether the host described its mask; not so for a ready-made tensor or for no mask at all."""
         return self._arguments is not None
 
-    @property
+    @cached_property
     def plain_causal(self) -> bool:
         """Whether it hides later tokens and padding and nothing else."""
         from transformers.masking_utils import causal_mask_function
@@ -196,7 +196,9 @@ def redirected(
         raise ValueError(f"{type(model).__name__} does not call transformers' attention interface")
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, _mask)
-    configs: dict[int, Any] = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
     entered: list[int] = []
     try:
         for number, config in configs.items():

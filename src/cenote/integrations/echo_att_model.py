@@ -61,6 +61,8 @@ class EchoAttDecoder(PreTrainedModel):
     Layers that nobody copies from keep the host's attention, fused or not.
     """
 
+    layers: Any
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         plan = config.layer_plan
@@ -77,7 +79,9 @@ class EchoAttDecoder(PreTrainedModel):
         dropped = {rf"layers\.{number}\.self_attn\.({parts})\." for number in config.shared_layers}
         self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | dropped
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any
+    ) -> Any:
         """The host's forward pass. Shared layers cache values only, in a cache that is the host's in all else.
 
         Raises:
@@ -102,10 +106,10 @@ class EchoAttDecoder(PreTrainedModel):
         return super().forward(input_ids, attention_mask, position_ids, shared_maps=SharedMaps(), **kwargs)
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
     ) -> None:
         _refuse_reentrant(enable, gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
 
 class EchoAttCausalLM(PreTrainedModel):
@@ -119,10 +123,10 @@ class EchoAttCausalLM(PreTrainedModel):
         self.post_init()
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
     ) -> None:
         _refuse_reentrant(enable, gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
 
 def _refuse_reentrant(enable: bool, function: Any) -> None:

@@ -34,11 +34,12 @@ class EchoAttSettings:
     fresh_dropout: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        dropout: float = getattr(self, "attention_dropout", 0.0)
         self.shared_layers = sorted(int(layer) for layer in self.shared_layers)
         if self.shared_form not in FORMS:
             raise ValueError(f"shared_form must be one of {', '.join(FORMS)}, got {self.shared_form!r}")
-        if self.shared_layers and self.attention_dropout and self.shared_form == "query_key" and not self.fresh_dropout:
+        if self.shared_layers and dropout and self.shared_form == "query_key" and not self.fresh_dropout:
             raise ValueError("a kernel cannot hand its dropout on: 'query_key' with dropout needs fresh_dropout=True")
         plan, kinds = self.layer_plan, getattr(self, "layer_types", None)
         for layer in plan.layers("reuse"):
@@ -51,7 +52,7 @@ class EchoAttSettings:
     @property
     def layer_plan(self) -> LayerPlan:
         """Which layer copies from which."""
-        return LayerPlan.from_shared(self.num_hidden_layers, self.shared_layers)
+        return LayerPlan.from_shared(self.num_hidden_layers, self.shared_layers)  # type: ignore[attr-defined]
 
 
 @no_type_check

@@ -39,6 +39,18 @@ class SharedMaps:
 class EchoAttention(nn.Module):
     """The parts and settings of a host's attention module, under their names."""
 
+    config: Any
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    attention_dropout: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+
     def __init__(self, host: nn.Module, without: tuple[str, ...] = ()) -> None:
         super().__init__()
         for name, value in vars(host).items():
@@ -130,7 +142,7 @@ class SharedAttention(EchoAttention):
             value = cache.update(value[..., :0], value, self.layer_idx)[1]
         handed = shared_maps.take(self.source, self.last, value.device)
         if self.form == "query_key":
-            return self.project(self.fused(*handed, value, attention_mask, **kwargs))
+            return self.project(self.fused(handed[0], handed[1], value, attention_mask, **kwargs))
         (weights,) = handed
         if self.fresh_dropout and self.dropout:
             weights = F.dropout(weights, self.dropout)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cenote.attention.seer_attention import SeerAttention
+from cenote.attention.seer_decode import SeerDecode
 
 WEIGHTS, CONFIG = "attn_gate_weights.pth", "config.json"
 PREFIX = "seerattn_"
@@ -105,7 +106,7 @@ def load_seer_attention(folder: str | os.PathLike[str], **changes: Any) -> SeerA
     """
     published = read_published(folder)
     if published.decode:
-        raise ValueError(f"{folder} holds gates of the decode variant (SeerAttention-R)")
+        raise ValueError(f"{folder} holds gates of the decode variant (SeerAttention-R): use load_seer_decode")
     given = published.settings
     method = given.get("sparsity_method", "threshold")
     if method not in ("threshold", "nz_ratio"):
@@ -119,6 +120,37 @@ def load_seer_attention(folder: str | os.PathLike[str], **changes: Any) -> SeerA
     if "nz_ratio" in changes:
         changes = {"threshold": None, **changes}
     return replace(recipe, **changes)
+
+
+def load_seer_decode(folder: str | os.PathLike[str], **changes: Any) -> SeerDecode:
+    """The recipe of a published folder of the decode variant; whether its gates fit is checked against the model.
+
+    Args:
+        folder: with ``attn_gate_weights.pth`` and ``config.json``.
+        **changes: settings of the recipe in place of the published ones, such as ``token_budget``.
+
+    Raises:
+        ValueError: gates of the prefill variant, an unknown ``sparsity_method``, and as :func:`read_published`.
+    """
+    published = read_published(folder)
+    if not published.decode:
+        raise ValueError(f"{folder} holds gates of the prefill variant: use load_seer_attention")
+    given = published.settings
+    method = given.get("sparsity_method", "token_budget")
+    # The published configuration class knows no "token_budget" and writes "nz_ratio", which no decoding uses, instead.
+    if method not in ("threshold", "token_budget", "nz_ratio"):
+        raise ValueError(f"sparsity_method must be 'threshold' or 'token_budget', got {method!r}")
+    names = {
+        "gate_block_size": "block_size", "gate_hidden_size": "hidden_size", "k_seq_pooling_type": "key_pooling",
+        "q_head_pooling_type": "query_pooling", "use_qk_norm": "qk_norm", "use_rope": "rotary",
+        "token_budget": "token_budget", "start_layer": "start_layer",
+    }  # fmt: skip
+    if method == "threshold":
+        names["threshold"] = "threshold"
+    settings = {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs) is not None}
+    if "token_budget" in changes:
+        changes = {"threshold": None, **changes}
+    return SeerDecode(**{**settings, "gates": published.gates, **changes})
 
 
 def _known() -> str:

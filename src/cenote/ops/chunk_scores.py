@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from cenote.ops.blocks import num_blocks
 from cenote.ops.gather_attention import Positions
 
 
-class TokenOrder(NamedTuple):
+@dataclass(frozen=True)
+class TokenOrder:
     """Where a row's real tokens are, so that chunks count those alone.
 
     Attributes:

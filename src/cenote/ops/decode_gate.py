@@ -65,10 +65,10 @@ def choose_decode_blocks(
 
 
 def earlier_blocks(
-    tokens: int, block_size: int, device: torch.device | None = None
-) -> Bool[Tensor, "tokens blocks"]:
-    """Which blocks lie wholly in front of each token's own."""
-    own = torch.arange(tokens, device=device) // block_size
+    tokens: int, block_size: int, device: torch.device | None = None, first: int = 0
+) -> Bool[Tensor, "rows blocks"]:
+    """Which blocks lie wholly in front of the own one of each token from ``first`` on."""
+    own = torch.arange(first, tokens, device=device) // block_size
     return torch.arange(num_blocks(tokens, block_size), device=device) < own[:, None]
 
 
@@ -77,14 +77,16 @@ def decode_target(
     key: Float[Tensor, "batch kv_heads tokens head_dim"],
     block_size: int,
     scale: float | None = None,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch kv_heads tokens blocks"]:
     """What a gate learns: the largest attention probability in each earlier block, over the heads that share a key
-    and value head, rows divided by their sums. Rows of the first block are 0. Made a stretch of queries at a time.
+    and value head, rows divided by their sums. Rows of the first block, and of padding, are 0. Made a stretch of
+    queries at a time.
     """
     tokens = key.shape[2]
     missing = num_blocks(tokens, block_size) * block_size - tokens
     rows = []
-    for _, weights in map_rows(query, key, scale=scale):
+    for _, weights in map_rows(query, key, mask, scale=scale):
         best = F.pad(weights, (0, missing)).unflatten(-1, (-1, block_size)).amax(dim=-1)
         rows.append(best.unflatten(1, (key.shape[1], -1)).amax(dim=2))
     target = torch.cat(rows, dim=2) * earlier_blocks(tokens, block_size, key.device)
@@ -92,11 +94,16 @@ def decode_target(
 
 
 def decode_gate_logits(
-    query: Float[Tensor, "batch heads tokens dim"], key: Float[Tensor, "batch heads blocks dim"], block_size: int
-) -> Float[Tensor, "batch heads tokens blocks"]:
-    """``q_i k_j^T / sqrt(dim)`` of every token and block, as training needs them; :data:`MASKED` where block ``j`` does
-    not lie wholly in front of the block of ``i``."""
-    return _logits(query, key).masked_fill(~earlier_blocks(query.shape[2], block_size, query.device), MASKED)
+    query: Float[Tensor, "batch heads rows dim"],
+    key: Float[Tensor, "batch heads blocks dim"],
+    block_size: int,
+    first: int = 0,
+) -> Float[Tensor, "batch heads rows blocks"]:
+    """``q_i k_j^T / sqrt(dim)`` of the tokens from ``first`` on and every block, as training needs them;
+    :data:`MASKED` where block ``j`` does not lie wholly in front of the block of ``i``."""
+    return _logits(query, key).masked_fill(
+        ~earlier_blocks(first + query.shape[2], block_size, query.device, first), MASKED
+    )
 
 
 def _logits(query: Tensor, key: Tensor) -> Tensor:

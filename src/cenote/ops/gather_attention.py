@@ -101,9 +101,10 @@ def memory_rows(
         step_batch, step_head = x.stride()[:2]
     rows_batch, rows_head = step_batch // dim, step_head // dim
     flat = x.as_strided(((batch - 1) * rows_batch + (heads - 1) * rows_head + keys, dim), (dim, 1))
-    first = torch.arange(batch, device=x.device)[:, None] * rows_batch
-    first = first + (torch.arange(sets, device=x.device) // (sets // heads)) * rows_head
-    return flat, (index + first.unsqueeze(-1)).flatten()
+    first = torch.arange(heads, device=x.device) * rows_head
+    if batch > 1:
+        first = first + torch.arange(batch, device=x.device)[:, None] * rows_batch
+    return flat, (index.reshape(batch, heads, -1) + first.unsqueeze(-1)).flatten()
 
 
 def gather_tokens(

@@ -143,12 +143,13 @@ def gptq(
         raise ValueError(f"block_size must be at least 1 and damping above 0, got {block_size} and {damping}")
     size = settings.group_size or columns
     w, h = original.clone(), hessian.clone()
-    grids: list[Grid] = []
-    if static_groups or size == columns:  # fitted before dead columns are emptied, as in the official code
-        grids = [fit_grid(w[:, first : first + size], settings) for first in range(0, columns, size)]
+    # As in the official code, grids of whole rows are fitted before dead columns are emptied, those of groups after.
+    grids: list[Grid] = [fit_grid(w, settings)] if settings.group_size is None else []
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1
     w[:, dead] = 0
+    if static_groups and not grids:
+        grids = [fit_grid(w[:, first : first + size], settings) for first in range(0, columns, size)]
     order = torch.argsort(h.diagonal(), descending=True) if act_order else torch.arange(columns, device=w.device)
     if act_order:
         w, h = w[:, order], h[order][:, order]

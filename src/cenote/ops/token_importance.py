@@ -29,7 +29,9 @@ def attention_received(
 ) -> Scores:
     """``s_j = sum_h sum_i softmax_j(q_hi k_hj scaling)`` over causal attention, a block of queries at a time.
 
-    The scores of a sequence sum to heads times its real tokens.
+    The scores of a sequence sum to heads times its real tokens. Beside
+    :func:`cenote.ops.attention_statistics.attention_received`, this one sums over heads, knows windows, and leaves out
+    the keys behind a block, which is half of all work in a calibration that sees every layer's maps.
 
     Args:
         query: behind rotary positions.
@@ -70,12 +72,13 @@ def attention_concentration(
     power: Power = "none",
     position: Position = "none",
 ) -> Scores:
-    """Attention received, divided by the number of queries that could have given it (or its root), then raised."""
+    """Attention received, raised, then divided by the number of queries that could have given it (or its root)."""
+    received = received.square() if power == "square" else received.sqrt() if power == "sqrt" else received
     if position != "none":
         real = torch.ones_like(received) if mask is None else mask.to(received.dtype)
         later = real.flip(1).cumsum(1).flip(1).clamp(min=1)
         received = received / (later if position == "count" else later.sqrt())
-    return received.square() if power == "square" else received.sqrt() if power == "sqrt" else received
+    return received
 
 
 def activation_norm(x: Float[Tensor, "batch tokens dim"]) -> Scores:

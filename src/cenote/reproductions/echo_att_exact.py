@@ -41,6 +41,18 @@ def _random_model() -> Any:
     return LlamaForCausalLM(config).double().eval()
 
 
+def _twins() -> Any:
+    """A model whose layers 1 and 2 see the same input and make the same map of it."""
+    model = _random_model()
+    layers = model.model.layers
+    with torch.no_grad():
+        layers[1].self_attn.o_proj.weight.zero_()
+        layers[1].mlp.down_proj.weight.zero_()
+        for name in ("q_proj", "k_proj"):
+            getattr(layers[2].self_attn, name).weight.copy_(getattr(layers[1].self_attn, name).weight)
+    return model
+
+
 def _padded() -> tuple[Tensor, Tensor]:
     ids = torch.randint(1, 64, (2, 20), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, 20, dtype=torch.long)
@@ -58,16 +70,12 @@ def _identities(model: Any, ids: Tensor, mask: Tensor) -> list[Finding]:
     shared = [_logits(share_attention(model, (2, 3), shared_form=f), ids, mask) for f in ("probabilities", "query_key")]
     with EchoAtt(shared_layers=(2, 3))(model):
         live = _logits(model, ids, mask)
-    twins = _random_model()
-    layers = twins.model.layers
-    with torch.no_grad():
-        layers[1].self_attn.o_proj.weight.zero_()
-        layers[1].mlp.down_proj.weight.zero_()
-        for name in ("q_proj", "k_proj"):
-            getattr(layers[2].self_attn, name).weight.copy_(getattr(layers[1].self_attn, name).weight)
+    twins = _twins()
     same = _away(_logits(share_attention(twins, (2,)), ids, mask), _logits(twins, ids, mask), real)
     return [
-        at_most("No shared layer is the dense model.", _away(_logits(share_attention(model, ()), ids, mask), dense, real), 0),
+        at_most(
+            "No shared layer is the dense model.", _away(_logits(share_attention(model, ()), ids, mask), dense, real), 0
+        ),
         at_most("Equal inputs, queries and keys make sharing change nothing.", same, 1e-6),
         at_most("Passing queries and keys on equals passing maps on.", _away(shared[0], shared[1], real), 1e-6),
         at_most("The student computes what sharing on the unchanged model does.", _away(live, shared[0], real), 1e-6),
@@ -80,7 +88,9 @@ def _counts(model: Any) -> list[Finding]:
     fewer = model.num_parameters() - share_attention(model, (2, 3)).num_parameters()
     return [
         at_most("The formula gives the published counts of TinyLlama.", away, 0.05, "million parameters"),
-        at_most("The student lacks as many parameters as the formula says.", abs(fewer - removed_by_sharing(model, 2)), 0),
+        at_most(
+            "The student lacks as many parameters as the formula says.", abs(fewer - removed_by_sharing(model, 2)), 0
+        ),
     ]
 
 
@@ -90,7 +100,8 @@ def _cache(model: Any, ids: Tensor, mask: Tensor) -> list[Finding]:
     for first, last in ((0, 10), (10, 16), *((n, n + 1) for n in range(16, 20))):
         parts.append(_logits(student, ids[:, first:last], mask[:, :last], **cache_argument(cache)))
     away = _away(torch.cat(parts, 1), _logits(student, ids, mask), mask.bool())
-    keys = sum(cache.layers[layer].keys.numel() for layer in (2, 3))
+    held: list[Any] = [cache.layers[layer] for layer in (2, 3)]
+    keys = float(sum(layer.keys.numel() for layer in held))
     return [
         at_most("Cached decoding equals full recomputation.", away, 1e-9),
         at_most("Shared layers hold no keys.", keys, 0, "entries"),
@@ -99,7 +110,8 @@ def _cache(model: Any, ids: Tensor, mask: Tensor) -> list[Finding]:
 
 def _losses(model: Any, ids: Tensor, mask: Tensor) -> list[Finding]:
     batch = {"input_ids": ids, "attention_mask": mask}
-    same = distillation_losses(share_attention(model, ()), model, batch)
+    twins = _twins()
+    same = distillation_losses(share_attention(twins, (2,)), twins, batch)
     student = share_attention(model, (2, 3)).requires_grad_()
     source = student.model.layers[1].self_attn
     with torch.no_grad():

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ class Subject:
     judged: Tensor
     read: Tensor
     train: Tensor | None = None
+
+    @cached_property
+    def similarity(self) -> AttentionSimilarity:
+        """Of the layers on what there is to read."""
+        return attention_similarity_of_layers(self.model, [{"input_ids": part} for part in self.read.split(8)])
 
 
 def embedded(seed: int, data_dir: Path | None = None, length: int = 128, items: int = 24) -> Subject:
@@ -114,11 +120,6 @@ def measure(model: Any, texts: Tensor) -> Measured:
         losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none"))
         right.append((logits.argmax(-1) == targets).flatten())
     return Measured(torch.cat(losses).mean().item(), torch.cat(right).float().mean().item())
-
-
-def similarity(subject: Subject) -> AttentionSimilarity:
-    """Of the subject's layers on what there is to read."""
-    return attention_similarity_of_layers(subject.model, [{"input_ids": part} for part in subject.read.split(8)])
 
 
 def damage(subject: Subject, shared: tuple[int, ...], dense: float) -> float:

@@ -68,7 +68,7 @@ def run(settings: Settings) -> list[Finding]:
         runs = []
         for seed in settings.seeds:
             settings.progress(f"{trained.name}, seed {seed}")
-            runs.append(measure(trained, seed, 4 if settings.quick else 10))
+            runs.append(measure(trained, seed, 8 if settings.quick else 16))
         found += [*quality_findings(trained, runs), *overlap_findings(trained, runs)]
     settings.progress("exact properties and costs")
     smallest = models[0]

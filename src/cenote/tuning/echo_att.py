@@ -152,7 +152,9 @@ class _StageTrainer(Trainer):
         # The loss is a mean of its pass: left to itself, the trainer would not divide it by the passes of an update.
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         found = self.losses(model, inputs)
         row = {name: value.item() for name, value in found.items()}
         if not math.isfinite(row["loss"]):
@@ -194,6 +196,7 @@ def _train(student: PreTrainedModel, data: Any, stage: EchoAttStage, losses: Any
 def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Ids side by side, padded behind, and the mask of the real ones."""
     rows = [torch.as_tensor(sample["input_ids"]) for sample in samples]
-    real = [torch.as_tensor(sample.get("attention_mask", torch.ones_like(row))) for sample, row in zip(samples, rows)]
+    given = [sample.get("attention_mask") for sample in samples]
+    real = [torch.ones_like(row) if m is None else torch.as_tensor(m) for m, row in zip(given, rows, strict=True)]
     pad = nn.utils.rnn.pad_sequence
     return {"input_ids": pad(rows, batch_first=True), "attention_mask": pad(real, batch_first=True)}

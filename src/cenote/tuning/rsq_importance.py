@@ -50,7 +50,7 @@ class Importance:
         truncate: share of the tokens, those of the lowest scores, that get weight 0.
         power: of attncon's scores, ``"none"``, ``"square"`` or ``"sqrt"``.
         position: divides attncon's scores by the number of queries behind each token (``"count"``) or its root
-            (``"sqrt"``), before the power.
+            (``"sqrt"``), after the power.
 
     Raises:
         ValueError: an unknown rule or settings out of range.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cenote.attention.host import Host
-from cenote.attention.seer_attention import SeerAttention
+from cenote.attention.seer_learning import GatedRecipe, GatedT
 from cenote.attention.seer_training import gate_loss, observe
 
 try:
@@ -34,7 +34,7 @@ class GateDistiller(nn.Module):
         ValueError: an unknown reduction, or layers that the recipe cannot serve.
     """
 
-    def __init__(self, model: nn.Module, recipe: SeerAttention, reduction: str = "mean", seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, recipe: GatedRecipe, reduction: str = "mean", seed: int = 0) -> None:
         super().__init__()
         if reduction not in ("mean", "row"):
             raise ValueError(f"reduction must be 'mean' or 'row', got {reduction!r}")
@@ -52,7 +52,7 @@ class GateDistiller(nn.Module):
         losses = [gate_loss(self.gates, observation, self.reduction) for observation in seen]
         return {"loss": sum(losses[1:], losses[0]) / len(losses)}
 
-    def trained(self) -> SeerAttention:
+    def trained(self) -> GatedRecipe:
         """The recipe with the gates as they are now."""
         return self.recipe.with_gates(self.gates)
 
@@ -69,7 +69,7 @@ def distillation_arguments(output_dir: str | os.PathLike[str], **changes: Any) -
 
 def distill_gates(
     model: nn.Module,
-    recipe: SeerAttention,
+    recipe: GatedT,
     train_dataset: Any,
     arguments: TrainingArguments,
     *,
@@ -77,7 +77,7 @@ def distill_gates(
     data_collator: Any = default_data_collator,
     resume_from_checkpoint: str | bool | None = None,
     **trainer: Any,
-) -> SeerAttention:
+) -> GatedT:
     """Train gates on the frozen model and give the recipe with them, which is also saved in the output folder.
 
     Checkpoints hold gates, optimiser and schedule; training goes on from them as with any ``Trainer``.
@@ -100,7 +100,7 @@ def distill_gates(
         model=distiller, args=arguments, train_dataset=train_dataset, data_collator=data_collator, **trainer
     )
     training.train(resume_from_checkpoint=resume_from_checkpoint)
-    trained = distiller.trained()
+    trained = recipe.with_gates(distiller.gates)
     if training.is_world_process_zero():
         assert arguments.output_dir is not None
         trained.save_pretrained(Path(arguments.output_dir))

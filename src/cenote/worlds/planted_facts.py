@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -185,7 +186,9 @@ class PlantedFacts:
         sentences = [question + answer + self._stop for question, answer in facts]
         room = length - len(start) - sum(map(len, sentences)) - sum(len(sentences[i]) for i in asked) + len(self._stop)
         if room < 0:
-            raise ValueError(f"{num_facts} facts and {num_questions} questions need {length - room} tokens, got {length}")
+            raise ValueError(
+                f"{num_facts} facts and {num_questions} questions need {length - room} tokens, got {length}"
+            )
         gaps = rng.integers(0, room + 1, num_facts)
         if depth is not None:
             gaps[0] = round(depth * room)
@@ -220,7 +223,7 @@ def answer_accuracy(
 @torch.no_grad()
 def accuracy(model: PreTrainedModel | Float[Tensor, "documents tokens vocabulary"], batch: PlantedFactsBatch) -> float:
     """Share of the questions answered right in every token, teacher forced; takes a model or its logits."""
-    logits = model if isinstance(model, Tensor) else model(batch.input_ids.to(model.device)).logits
+    logits: Tensor = model if isinstance(model, Tensor) else model(batch.input_ids.to(model.device)).logits
     return answer_accuracy(logits, batch).float().mean().item()
 
 
@@ -229,7 +232,7 @@ def generation_accuracy(model: PreTrainedModel, batch: PlantedFactsBatch) -> flo
     """Share of the documents whose last question the model answers right by greedy generation."""
     count = batch.targets.shape[2]
     prompts = batch.prompts.to(model.device)
-    generated = model.generate(
+    generated = cast(Any, model).generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=False, min_new_tokens=count, max_new_tokens=count
     )
     return (generated[:, -count:].cpu() == batch.targets[:, -1].cpu()).all(-1).float().mean().item()

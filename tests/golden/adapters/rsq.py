@@ -1,5 +1,7 @@
 """RSQ: GPTQ with the weighted Hessian, the importance of tokens, and the rotation."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,15 +46,19 @@ def _gptq(case: Case) -> dict[str, Tensor]:
         weighted.add(x, w)
         plain.add(x)
     rsq = gptq(weight, weighted.value, grid, **how).quantized
+    # The official quantiser keeps what it used last; a symmetric one counts its levels from 0.
+    energy = weighted.value.diagonal()
+    order = energy.masked_fill(energy == 0, 1).argsort(descending=True)
+    last = rsq.group[order[-1] if config["act_order"] else -1]
     return {
         "hessian": weighted.value,
         "hessian_unweighted": plain.value,
         "weight": rsq.dequantize(),
         "weight_unweighted": gptq(weight, plain.value, grid, **how).quantized.dequantize(),
-        "weight_rtn": round_to_nearest(weight, grid).dequantize(),
-        # The official quantiser keeps what it fitted last; a symmetric one counts its levels from 0.
-        "scale": rsq.scale[:, -1:],
-        "zero": rsq.zero[:, -1:] - (grid.zero_code if grid.symmetric else 0),
+        # The official round-to-nearest knows no groups.
+        "weight_rtn": round_to_nearest(weight, replace(grid, group_size=None)).dequantize(),
+        "scale": rsq.scale[:, [last]],
+        "zero": rsq.zero[:, [last]] - (grid.zero_code if grid.symmetric else 0),
     }
 
 
@@ -78,7 +84,10 @@ def _importance(case: Case) -> dict[str, Tensor]:
 def _rotation(case: Case) -> dict[str, Tensor]:
     config = _known(case, "llama", "center_embeddings")
     model = LlamaForCausalLM(LlamaConfig(**config["llama"])).eval()
-    model.load_state_dict(case.state)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    missing, unexpected = model.load_state_dict(case.state, strict=False)
+    if set(missing) - tied or unexpected:
+        raise ValueError(f"missing weights {missing}, unknown weights {unexpected}")
     ids, center = case.inputs["input_ids"], config["center_embeddings"]
     results = {"logits_original": model(ids).logits}
     fuse_norms(model, center_embeddings=center)
