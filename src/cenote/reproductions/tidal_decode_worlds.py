@@ -1,4 +1,4 @@
-"""Texts and planted facts decoded token by token by the shipped language model, under TidalDecode and its peers."""
+"""Texts and planted facts decoded token by token by trained models, under TidalDecode and its peers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,97 @@ class Subject:
         """TidalDecode in this model."""
         return TidalDecode(budget, *self.choose)
 
-    def text_losses(
+    def stretches(self, count: int, seed: int) -> Int[Tensor, "count length"]:
+        """Stretches of the text from random places, each behind the first token."""
+        generator = torch.Generator().manual_seed(seed)
+        places = torch.randint(len(self.text) - self.length, (count,), generator=generator)
+        rows = torch.stack([self.text[place : place + self.length - 1] for place in places])
+        return torch.cat([torch.full((count, 1), self.bos), rows], dim=1)
+
+
+def subjects(settings: Settings) -> list[Subject]:
+    """The shipped language model on held-out prose and, where the data is, stories260K; Shakespeare too in full runs."""
+    model, tokenizer = load_embedded_language()
+    prose = tokens(tokenizer, evaluation_text())
+    middle = model.config.num_hidden_layers // 2
+    found = [Subject("held-out prose", model, prose, 1024, tokenizer.bos_token_id, (2, middle))]
+    data = settings.data_dir
+    if data is not None and (data / STORIES).is_dir() and (data / STORIES_TEXT).is_file():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        stories, words = (kind.from_pretrained(data / STORIES) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        text = tokens(words, gzip.decompress((data / STORIES_TEXT).read_bytes()).decode())
+        found.append(Subject("stories (stories260K)", stories.eval(), text, 512, words.bos_token_id, (1, 3)))
+    if not settings.quick and data is not None and (data / SHAKESPEARE).is_file():
+        text = tokens(tokenizer, gzip.decompress((data / SHAKESPEARE).read_bytes()).decode())
+        found.append(replace(found[0], name="Shakespeare", text=text))
+    return found
+
+
+def tokens(tokenizer: Any, text: str) -> Int[Tensor, " tokens"]:
+    """Without special ones."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+@dataclass(frozen=True)
+class PeerSets(TidalDecode):
+    """The layers of TidalDecode with other sets in those that reuse: each its own best ones, or random ones."""
+
+    sets: str = "own"
+    seed: int = 0
+
+    def start(self, host: Host) -> TidalDecodeSession:
+        return _PeerSession(host, self)
+
+
+class _PeerSession(TidalDecodeSession):
+    def __init__(self, host: Host, recipe: PeerSets) -> None:
+        super().__init__(host, recipe.plan_for(host.num_layers), recipe)
+        self.random = torch.Generator().manual_seed(recipe.seed) if recipe.sets == "random" else None
+
+    def attend(self, call: LayerCall) -> Float[Tensor, "batch heads queries head_dim"]:
+        if self.sparse(call) and self.plan.role(call.layer) == "reuse":
+            scores = decode_logits(call.query, call.key, call.scale)
+            if self.random is not None:
+                scores = torch.rand(scores.shape, generator=self.random)
+            self.chosen[self.plan.source(call.layer)] = topk_positions(scores, int(self.recipe.budget))
+        return super().attend(call)
+
+
+def peers(subject: Subject, budget: int, seed: int) -> dict[str, Recipe | None]:
+    """TidalDecode, and others with the same dense layers."""
+    ours = subject.recipe(budget)
+    plan = ours.plan_for(subject.model.config.num_hidden_layers)
+    return {
+        "dense": None,
+        "TidalDecode": ours,
+        "no second choice": replace(ours, correction_layer=()),
+        "own sets in every layer": PeerSets(budget, *subject.choose, sets="own"),
+        "window": Window(budget, dense_layers=plan.layers("full") + plan.layers("select")),
+        "random sets": PeerSets(budget, *subject.choose, sets="random", seed=seed),
+    }
+
+
+def decoded(
+    model: Any, ids: Int[Tensor, "batch tokens"], prompt: int, recipes: dict[str, Recipe | None]
+) -> dict[str, Float[Tensor, "batch predictions vocabulary"]]:
+    """Teacher-forced logits under each recipe behind one dense pass over the prompt, whose last column is a step."""
+    cache = DynamicCache(config=model.config)
+    give_cache_layers(cache, PreallocatedLayer, model.config.num_hidden_layers, static=False)
+    with torch.no_grad():
+        model(ids[:, : prompt - 1], use_cache=True, logits_to_keep=1, **cache_argument(cache))
+    said = {}
+    for name, recipe in recipes.items():
+        if recipe is None:
+            said[name] = teacher_forced_logits(model, ids, prompt=prompt, cache=cache)
+        else:
+            with recipe(model):
+                said[name] = teacher_forced_logits(model, ids, prompt=prompt, cache=cache)
+        cache.crop(prompt - 1 - ids.shape[1])
+    return said
+
+
+def text_losses(
     model: Any, ids: Int[Tensor, "batch tokens"], steps: int, recipes: dict[str, Recipe | None]
 ) -> dict[str, float]:
     """Mean negative log-likelihood in nats of the last ``steps`` tokens under each recipe."""
@@ -64,9 +154,8 @@ def retrieval(model: Any, batch: PlantedFactsBatch, recipes: dict[str, Recipe | 
     """Share of right answers in per cent; the question itself is decoded step by step."""
     asked = batch.answer_positions[:, -1, 0] - batch.question_lengths[:, -1]
     prompt = int(asked.min())
-    said = decoded(model, batch.input_ids, prompt, recipes)
     shares = {}
-    for name, logits in said.items():
+    for name, logits in decoded(model, batch.input_ids, prompt, recipes).items():
         whole = torch.cat([logits.new_zeros(len(logits), prompt - 1, logits.shape[2]), logits], dim=1)
         shares[name] = 100 * float(answer_accuracy(whole, batch).float().mean())
     return shares
