@@ -72,3 +72,9 @@ def test_bad_input():
         block_neighbours(torch.arange(7), (2, 2, 2), 2)
     with pytest.raises(ValueError, match="block_size"):
         block_neighbours(torch.arange(8), (2, 2, 2), 0)
+
+
+@pytest.mark.parametrize("axes", list(permutations("wht")))
+@pytest.mark.parametrize("shape", [(2, 3, 4), (5, 6, 7), (3, 9, 11), (5, 2, 2), (2, 2, 9), (4, 6, 8)])
+def test_every_axis_order_is_the_walk_written_with_vectors(shape, axes):
+    assert hilbert_order(shape, axes).tolist() == curve_cells(shape, axes)

@@ -108,6 +108,8 @@ def test_scores_do_not_depend_on_scale_or_other_dimensions():
         (lambda w, s, i, r: redistribute_attention(w, s, i, r, moved=1.2), "moved"),
         (lambda w, s, i, r: redistribute_attention(w, s, i, r, rho=-0.1), "rho"),
         (lambda w, s, i, r: redistribute_attention(w, s, i, r, head_rule="all"), "head_rule"),
+        (lambda w, s, i, r: redistribute_attention(w.log(), s, i, r), "softmax"),
+        (lambda w, s, i, r: redistribute_attention(w * torch.nan, s, i, r), "softmax"),
         (lambda w, s, i, r: sink_scores(torch.randn(1, 2, 4), (4,)), "0 to 3"),
         (lambda w, s, i, r: sink_scores(torch.randn(1, 2, 4), ()), "sink dimensions"),
     ],

@@ -45,7 +45,8 @@ class GatedRecipe(Recipe):
 
     def with_gates(self: GatedT, gates: nn.ModuleDict) -> GatedT:
         """The same settings with the weights of these gates."""
-        return replace(self, gates={name: weight.detach().clone() for name, weight in gates.state_dict().items()})
+        weights = {name: weight.detach().clone() for name, weight in gates.state_dict().items()}
+        return replace(self, **{"gates": weights})
 
     def load_gates(self, host: Host) -> nn.ModuleDict:
         """The gates with the recipe's weights, each on its layer's device.

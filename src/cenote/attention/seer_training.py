@@ -81,7 +81,7 @@ def observe(
     with _Watching(gates)(model) as session:
         model(**inputs, use_cache=False)
     assert isinstance(session, _WatchingSession)
-    return session.seen
+    return [*session.seen]
 
 
 def gate_loss(gates: nn.ModuleDict, observation: Observation, reduction: str = "mean") -> Float[Tensor, ""]:

@@ -77,13 +77,16 @@ def redistribute_attention(
         eps: added to every image token in the share's denominator, 1e-6 in the official code.
 
     Raises:
-        ValueError: shares outside their range, or an unknown rule.
+        ValueError: shares outside their range, an unknown rule, or rows that sum neither to 1 nor (padding) to 0.
     """
     if not (0 <= moved <= 1 and 0 <= min_mass <= 1 and rho >= 0):
         raise ValueError(f"expected moved and min_mass in [0, 1] and rho >= 0, got {moved}, {min_mass}, {rho}")
     if head_rule not in ("non_sink_share", "sink_share"):
         raise ValueError(f"head_rule must be 'non_sink_share' or 'sink_share', got {head_rule!r}")
     a = weights.float()
+    sums = a.sum(dim=-1)
+    if not bool((((sums - 1).abs() < 0.05) | (sums == 0)).all()):
+        raise ValueError("expected attention behind softmax, whose rows sum to 1, got others")
     visual_sinks, receivers = sinks & image, image & ~sinks
     on_image, on_receivers, on_sinks = (_mass(a, part) for part in (image, receivers, visual_sinks))
     total = on_image + eps * image.sum(dim=-1)[:, None, None]

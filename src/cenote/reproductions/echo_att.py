@@ -37,8 +37,8 @@ RATIOS = (0.25, 0.5, 0.75)
 RATE = 1e-3
 RATE_NOTE = (
     "Rate 1e-3 for all, the better of 3e-4 and 1e-3 for continued training on a seed that is not judged here; stage 2 "
-    "takes a fifth of the updates, as in the paper. Where continued training ends below the dense loss, it teaches what the "
-    "teacher had not learnt, and the comparison says as much about the teacher as about the method."
+    "takes a fifth of the updates, as in the paper. Where continued training ends below the dense loss, it teaches "
+    "what the teacher had not learnt, and the comparison says as much about the teacher as about the method."
 )
 PAPER_TRAINING = "41.55 against 39.51 (average of six tasks, TinyLlama, 41 % of layers)"
 

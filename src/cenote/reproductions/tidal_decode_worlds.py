@@ -61,11 +61,11 @@ class Subject:
 
 
 def subjects(settings: Settings) -> list[Subject]:
-    """The shipped language model on held-out prose and, where the data is, stories260K; Shakespeare too in full runs."""
+    """The shipped language model on held-out prose and, where the data is, stories260K; in full runs Shakespeare."""
     model, tokenizer = load_embedded_language()
-    prose = tokens(tokenizer, evaluation_text())
+    prose, bos = tokens(tokenizer, evaluation_text()), int(model.config.bos_token_id)
     middle = model.config.num_hidden_layers // 2
-    found = [Subject("held-out prose", model, prose, 1024, tokenizer.bos_token_id, (2, middle))]
+    found = [Subject("held-out prose", model, prose, 1024, bos, (2, middle))]
     data = settings.data_dir
     if data is not None and (data / STORIES).is_dir() and (data / STORIES_TEXT).is_file():
         from transformers import AutoModelForCausalLM, AutoTokenizer

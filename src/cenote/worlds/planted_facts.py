@@ -153,7 +153,7 @@ class PlantedFacts:
         return {d: self.batch(documents, length, num_facts, d, 1, seed + 7919 * i) for i, d in enumerate(depths)}
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def _number(self, rng: np.random.Generator) -> str:
         return str(rng.integers(10 ** (self.digits - 1), 10**self.digits))

@@ -7,13 +7,15 @@ from cenote.ops.attention_sinks import redistribute_attention, sink_scores
 from golden.cases import Case
 
 SETTINGS = {"sink_dims", "tau", "rho", "summ", "p", "image_start", "image_len", "rms_eps", "portion_eps"}
-REMARKS = {"p_meaning", "head_rule", "prefill_queries"}
+REMARKS = {"p_meaning": "retained", "head_rule": "<= rho", "prefill_queries": ">= image_start+image_len"}
+"""Settings in words, and what they must say: the official code knows no others."""
 
 
 def run(case: Case) -> dict[str, Tensor]:
     if case.case != "redistribute":
         raise ValueError(f"unknown case {case.case!r}")
-    unknown = set(case.config) - SETTINGS - REMARKS
+    unknown = set(case.config) - SETTINGS - set(REMARKS)
+    unknown |= {name for name, words in REMARKS.items() if words not in str(case.config.get(name, words)).lower()}
     if unknown:
         raise ValueError(f"unknown settings {sorted(unknown)}")
     config = case.config
@@ -34,7 +36,7 @@ def run(case: Case) -> dict[str, Tensor]:
     rows = torch.ones(len(step), step.shape[2], dtype=torch.bool)
     after = redistribute_attention(step, *wide, rows, **options)
     return {
-        "sink_index": sinks[0].nonzero().flatten(),
+        "sink_index": sinks.nonzero() if len(sinks) > 1 else sinks[0].nonzero().flatten(),
         "attention_prefill": before.weights,
         "selected_prefill": before.selected.to(torch.uint8),
         "attention_decode": after.weights,
