@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cenote.ops.space_filling_curve import block_neighbours, hilbert_order, inverse_order
+from reference.space_filling_curve import curve_cells
 
 
 def steps(shape, axis_order):

@@ -20,6 +20,8 @@ def curve_cells(shape, axis_order):
 
     def walk(p, a, b, c):
         lengths = w, h, d = length(a), length(b), length(c)
+        if 0 in lengths:
+            return
         if sorted(lengths)[1] == 1:
             side = (a, b, c)[int(np.argmax(lengths))]
             cells.extend(p + i * np.sign(side) for i in range(length(side)))

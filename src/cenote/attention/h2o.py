@@ -58,7 +58,9 @@ class EvictingLayer(PreallocatedLayer):
 
     def keep(self, index: Int[Tensor, "batch kv_heads kept"]) -> None:
         """Drop every token but these."""
-        assert self.keys is not None and self.values is not None and isinstance(self.state, Received)
+        assert self.keys is not None
+        assert self.values is not None
+        assert isinstance(self.state, Received)
         self.keys, self.values = (
             x.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])) for x in (self.keys, self.values)
         )
@@ -66,7 +68,9 @@ class EvictingLayer(PreallocatedLayer):
 
     def drop(self, index: Int[Tensor, "batch kv_heads"]) -> None:
         """Drop one token of each head: the last takes its place in the buffer, and nothing else is copied."""
-        assert self.keys is not None and self.values is not None and isinstance(self.state, Received)
+        assert self.keys is not None
+        assert self.values is not None
+        assert isinstance(self.state, Received)
         kept = []
         for x in (self.keys, self.values, self.state.places, self.state.scores):
             place = index[(..., *[None] * (x.dim() - 2))].expand(-1, -1, 1, *x.shape[3:])
@@ -78,7 +82,7 @@ class EvictingLayer(PreallocatedLayer):
         """Forget the newest tokens.
 
         Raises:
-            ValueError: heads that then hold different numbers of tokens, because some of the newest are dropped already.
+            ValueError: heads that then hold different numbers of tokens, as some of the newest are dropped already.
         """
         length = self.seen - abs(tokens_to_remove)
         if isinstance(self.state, Received) and length < self.seen:
@@ -111,8 +115,8 @@ class H2O(Recipe):
         dense_layers: layers left alone.
 
     Raises:
-        ValueError: a budget below 2 or no room for ``recent``; on entering, a layer with a window of its own that is not
-            among ``dense_layers``; a cache that holds tokens from outside the block.
+        ValueError: a budget below 2 or no room for ``recent``; on entering, a layer with a window of its own that is
+            not among ``dense_layers``; a cache that holds tokens from outside the block.
     """
 
     name: ClassVar[str] = "h2o"

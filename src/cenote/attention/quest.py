@@ -22,7 +22,8 @@ class Quest(Recipe):
     A page is ``page_size`` consecutive tokens of a row, counted from its first real one. With the least and the largest
     entries ``m`` and ``M`` of its keys, ``score = sum_d max(q_d m_d, q_d M_d)``, which no logit in the page exceeds.
     Bounds are kept beside the keys and take in one token a step. Prompts and continuations of several tokens are dense.
-    Source: "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference" (arXiv 2406.10774). Nothing is learnt.
+    Nothing is learnt. Source: "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference" (arXiv
+    2406.10774).
 
     Args:
         budget: tokens that a head attends to, a multiple of ``page_size``.
@@ -77,7 +78,8 @@ class PageBounds:
             page = real.cumsum(dim=1)[:, self.tokens :].sub(1).clamp(min=0)
         page = page // self.page_size
         self._make_room(new, key.shape[2] // self.page_size + 1)
-        assert self.least is not None and self.most is not None
+        assert self.least is not None
+        assert self.most is not None
         index = page[:, None, :, None].expand_as(new)
         low = high = new
         if real is not None:
@@ -90,8 +92,9 @@ class PageBounds:
     def scores(
         self, query: Float[Tensor, "batch heads 1 head_dim"], counts: Int[Tensor, "batch"]
     ) -> Float[Tensor, "batch heads pages"]:
-        """Bounds on the query's inner products with each page's keys; minus infinity beyond a row's ``counts`` pages."""
-        assert self.least is not None and self.most is not None
+        """Bounds on the query's inner products with a page's keys; minus infinity beyond a row's ``counts`` pages."""
+        assert self.least is not None
+        assert self.most is not None
         pages = int(counts.max())
         least, most = (x[:, :, :pages].float().transpose(-1, -2) for x in (self.least, self.most))
         grouped = query.float().reshape(query.shape[0], least.shape[1], -1, query.shape[-1])

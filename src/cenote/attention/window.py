@@ -20,7 +20,7 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Window(Recipe):
-    """A new token attends to the row's first ``sinks`` tokens and to the newest ones, ``budget`` in all, itself included.
+    """A new token attends to the row's first ``sinks`` tokens and the newest ones, ``budget`` in all, itself included.
 
     Source: "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453). Other than there, positions
     stay those of the text instead of being counted anew within the window, and the cache keeps all tokens: this is a

@@ -146,7 +146,8 @@ def _peak(model: Any, run: Callable[[], None]) -> int:
     finally:
         with _silent():
             seen.stop()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    results: Any = seen.profiler.kineto_results  # type: ignore[union-attr]
+    events = [e for e in results.events() if e.name() == "[memory]"]
     held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
     return int(max(held.max(initial=0), 0))
 

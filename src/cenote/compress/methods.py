@@ -36,9 +36,12 @@ class Ready(Protocol):
         note: what a reader must know.
     """
 
-    spec: str
-    seconds: float
-    note: str
+    @property
+    def spec(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def note(self) -> str: ...
 
     def at(self, tokens: int) -> Any:
         """A block within which its model, which it gives, works in the method's way on rows of so many tokens."""
@@ -74,7 +77,7 @@ class Method:
         name, options = parse_spec(spec)
         if name not in all_names():
             raise unknown_name("method", name, all_names())
-        check_options(name, _weight_function(name) if name in WEIGHTS else recipe_class(name), options)  # type: ignore[arg-type]
+        check_options(name, _weight_function(name) if name in WEIGHTS else recipe_class(name), options)
         return cls(spec.strip(), name, options)
 
     @property

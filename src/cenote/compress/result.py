@@ -166,8 +166,8 @@ def row_json(row: Row) -> dict[str, Any]:
 def row_from_json(read: dict[str, Any]) -> Row:
     """The row that :func:`row_json` wrote; undefined numbers come back as NaN where a number is expected."""
     names = {field.name: field.type for field in dataclasses.fields(Row)}
-    values = {key: value for key, value in read.items() if key in names}
-    return Row(**{key: math.nan if value is None and names[key] == "float" else value for key, value in values.items()})
+    values: dict[str, Any] = {key: value for key, value in read.items() if key in names}
+    return Row(**{k: math.nan if value is None and names[k] == "float" else value for k, value in values.items()})
 
 
 def ranked(rows: list[Row]) -> tuple[Row, ...]:

@@ -242,8 +242,8 @@ def _notes(dense: Row) -> list[str]:
     if dense.retrieval is None or dense.retrieval >= MIN_RETRIEVAL:
         return []
     return [
-        f"the dense model itself finds {100 * dense.retrieval:.0f} % of the planted facts, too few to judge by: quality "
-        "is perplexity alone"
+        f"the dense model itself finds {100 * dense.retrieval:.0f} % of the planted facts, too few to judge "
+        "by: quality is perplexity alone"
     ]
 
 

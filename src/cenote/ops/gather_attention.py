@@ -18,7 +18,7 @@ class Positions(NamedTuple):
         mask: which places are used, or ``None`` if all are.
     """
 
-    index: Int[Tensor, "batch sets chosen"]
+    index: Int[Tensor, "batch sets chosen"]  # type: ignore[assignment]  # hides tuple.index
     mask: Bool[Tensor, "batch sets chosen"] | None = None
 
     @classmethod

@@ -7,6 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from cenote.reproductions.base import Finding, Reproduction, Settings, finding
+from cenote.reproductions.seer_attention_decode import compressed_from_scratch, decode_findings
 from cenote.reproductions.seer_attention_exact import exact_findings
 from cenote.reproductions.seer_attention_figure import CURVE, draw_seer
 from cenote.reproductions.seer_attention_planted import planted_losses
@@ -46,8 +47,9 @@ def run(settings: Settings) -> list[Finding]:
     if embedded is not None:
         seeds = settings.seeds[:1] if settings.quick and found else settings.seeds
         found += _world(settings, lambda seed: embedded, steps, seeds)
+        found += decode_findings(embedded, seeds, steps // 2, settings.progress)
     settings.progress("planted keys and exact properties")
-    return [*found, _planted(settings.seeds), *exact_findings()]
+    return [*found, _planted(settings.seeds), *exact_findings(), compressed_from_scratch()]
 
 
 def _world(

@@ -63,7 +63,7 @@ class Subject:
 def subjects(settings: Settings) -> list[Subject]:
     """The shipped language model on held-out prose and, where the data is, stories260K; in full runs Shakespeare."""
     model, tokenizer = load_embedded_language()
-    prose, bos = tokens(tokenizer, evaluation_text()), int(model.config.bos_token_id)
+    prose, bos = tokens(tokenizer, evaluation_text()), tokenizer.convert_tokens_to_ids(tokenizer.bos_token)
     middle = model.config.num_hidden_layers // 2
     found = [Subject("held-out prose", model, prose, 1024, bos, (2, middle))]
     data = settings.data_dir
@@ -72,7 +72,7 @@ def subjects(settings: Settings) -> list[Subject]:
 
         stories, words = (kind.from_pretrained(data / STORIES) for kind in (AutoModelForCausalLM, AutoTokenizer))
         text = tokens(words, gzip.decompress((data / STORIES_TEXT).read_bytes()).decode())
-        found.append(Subject("stories (stories260K)", stories.eval(), text, 512, words.bos_token_id, (1, 3)))
+        found.append(Subject("stories (stories260K)", stories.eval(), text, 512, stories.config.bos_token_id, (1, 3)))
     if not settings.quick and data is not None and (data / SHAKESPEARE).is_file():
         text = tokens(tokenizer, gzip.decompress((data / SHAKESPEARE).read_bytes()).decode())
         found.append(replace(found[0], name="Shakespeare", text=text))
