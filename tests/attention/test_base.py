@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from attention_hosts import decoder, padded
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from attention_hosts import decoder, padded
 from cenote.attention import registry
 from cenote.attention.base import Recipe, Session, refuse_unserved
 from cenote.attention.cache import PreallocatedLayer

@@ -27,7 +27,7 @@ def rows(*shape, seed=0):
 def test_statistics_written_out():
     weights = rows(3, 4, 2, 2, 41)
     found = statistics(weights)
-    ratio, overlap = torch.zeros(4, 3, 4), torch.zeros(2, 4, 4)
+    ratio, overlap = (torch.zeros(*shape, dtype=torch.float64) for shape in ((4, 3, 4), (2, 4, 4)))
     for head in range(2):
         for text in range(2):
             for step in range(3):

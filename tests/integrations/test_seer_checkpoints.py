@@ -120,6 +120,10 @@ def test_folders_that_are_refused(tmp_path):
         read_published(folder(tmp_path, {}, **SETTINGS))
     with pytest.raises(ValueError, match="sparsity_method must be"):
         load_seer_attention(folder(tmp_path, small(), **{**SETTINGS, "seerattn_sparsity_method": "top"}))
+    silent = {name: value for name, value in SETTINGS.items() if name != "seerattn_threshold"}
+    with pytest.raises(ValueError, match="by threshold and gives none"):
+        load_seer_attention(folder(tmp_path, small(), **silent))
+    assert load_seer_attention(tmp_path, nz_ratio=0.3).nz_ratio == 0.3
     with pytest.raises(ValueError, match="decode variant"):
         load_seer_attention(folder(tmp_path, {key(0, "attngate_linear_k"): torch.zeros(2, 24, 8)}, **SETTINGS))
     (tmp_path / WEIGHTS).write_bytes(b"junk")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cenote.ops.block_sparse import block_sparse_attention
+from cenote.ops.block_sparse import _fits_tiles, block_sparse_attention
 from cenote.ops.blocks import block_mask_to_tokens, num_blocks
 
 
@@ -89,6 +89,19 @@ def test_refusals():
         block_sparse_attention(query, key, value, mask, 4, backend="cuda")
     with pytest.raises(ValueError, match="do not share"):
         block_sparse_attention(query[:, :3], key, value, mask[:, :3], 4)
+
+
+def test_values_may_be_wider_than_keys():
+    query, key, value, mask, _ = case(5, 21, 21, 4)
+    wide = torch.cat([value, value.flip(2), value], dim=-1)
+    found = block_sparse_attention(query, key, wide, mask, 4, backend="torch")
+    torch.testing.assert_close(found, dense(query, key, wide, mask, 4, True, None), rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_compiles_only_sizes_that_its_kernels_take():
+    assert all(_fits_tiles(size, 64, 64) for size in (16, 64, 128))
+    assert not any(_fits_tiles(size, 64, 64) for size in (8, 24, 100))
+    assert not _fits_tiles(64, 8, 64)
 
 
 @pytest.mark.compiled

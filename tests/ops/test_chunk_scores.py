@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from cenote.ops.chunk_scores import TokenOrder, best_chunks, chunk_positions, chunk_scores, set_overlap, spread
+from cenote.ops.chunk_scores import (
+    TokenOrder,
+    best_chunks,
+    chunk_positions,
+    chunk_scores,
+    common_members,
+    set_overlap,
+    spread,
+)
 from cenote.ops.sign_hashes import hamming_distance, random_orthogonal, sign_codes
 
 
@@ -87,8 +95,12 @@ def test_overlap_of_sets():
     for layer, members in enumerate(((0, 1, 2), (1, 2, 3), (3, 4, 5))):
         sets[0, 0, layer, list(members)] = True
     third = 1 / 3
-    expected = torch.tensor([[1, 2 * third, 0], [0, 1, third], [0, 0, 1]])
-    torch.testing.assert_close(set_overlap(sets)[0, 0], expected)
+    expected = torch.tensor([[1, 2 * third, 0], [0, 1, third], [0, 0, 1]], dtype=torch.float64)
+    common = common_members(sets)[0]
+    assert common[0].tolist() == [[3, 2, 0], [2, 3, 1], [0, 1, 3]]
+    torch.testing.assert_close(set_overlap(common)[0], expected)
+    # Over seven steps the mean is the same number, to the bit: plans compare such numbers.
+    assert torch.equal(set_overlap(7 * common), set_overlap(common))
 
 
 @pytest.mark.parametrize("dim", [5, 64, 70, 128])

@@ -1,6 +1,9 @@
 """What the battery needs to know about recipes on the small decoders of ``attention_hosts`` (4 layers, 6 heads)."""
 
-_VAR = "visual_attention_redistribution(sink_dimensions=(0, 5), image_span=(1, 3), tau=1.2, rho=0.0, min_mass=0.0, first_layers=1"
+_VAR = (
+    "visual_attention_redistribution(sink_dimensions=(0, 5), image_span=(1, 3), tau=1.2, rho=0.0, min_mass=0.0, "
+    "first_layers=1"
+)
 
 DENSE: dict[str, str] = {
     "block_heuristic": "block_heuristic(block_size=4, nz_ratio=1.0)",

@@ -1,15 +1,15 @@
-"""What every recipe must do, whatever it computes: on every family, with padding, in ``generate``, and leave no trace."""
+"""What every recipe must do, whatever it computes: on every family, padded, in ``generate``, and leaving no trace."""
 
 import copy
 
 import pytest
 import torch
-from attention_hosts import FAMILIES, decoder, padded
-from properties.recipe_options import DENSE, SPARSE
 
+from attention_hosts import FAMILIES, decoder, padded
 from cenote.attention.base import Recipe
 from cenote.attention.host import cache_argument, output_cache
 from cenote.attention.registry import create_recipe, list_recipes, recipe_class
+from properties.recipe_options import DENSE, SPARSE
 
 RECIPES = list_recipes()
 LENGTHS = (21, 34, 13)
@@ -153,9 +153,14 @@ def test_the_model_comes_back_bit_for_bit(name):
     plain = logits(model, ids, mask)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     attributes = {path: set(vars(part)) for path, part in model.named_modules()}
-    with pytest.raises(KeyError), recipe(model):
-        decoded(model, ids, mask, 28)
-        raise KeyError
+
+    def fail():
+        with recipe(model):
+            decoded(model, ids, mask, 28)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert torch.equal(logits(model, ids, mask), plain)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert {path: set(vars(part)) for path, part in model.named_modules()} == attributes

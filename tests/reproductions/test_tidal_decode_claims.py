@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from attention_hosts import decoder
-from cenote.attention import LayerPlan
-from cenote.reproductions.base import Settings
+from cenote.attention import LayerPlan, TidalDecode
+from cenote.backbones.embedded_language import load_embedded_language
 from cenote.reproductions.tidal_decode import perplexity_findings
 from cenote.reproductions.tidal_decode_exact import exact_findings
 from cenote.reproductions.tidal_decode_worlds import (
@@ -14,8 +14,8 @@ from cenote.reproductions.tidal_decode_worlds import (
     neighbour_overlap,
     peers,
     retrieval,
-    subjects,
     text_losses,
+    tuned,
 )
 from cenote.worlds.planted_facts import PlantedFacts, accuracy
 
@@ -73,16 +73,17 @@ def test_overlap_is_that_of_chance_for_a_budget_of_everything(subject):
 
 
 def test_retrieval_by_decoding_is_that_of_one_pass():
-    shipped = subjects(Settings())[0]
-    facts = PlantedFacts(_tokenizer())
-    batch = facts.batch(4, 200, num_facts=3)
-    assert retrieval(shipped.model, batch, {"dense": None})["dense"] == 100 * accuracy(shipped.model, batch)
+    model, tokenizer = load_embedded_language()
+    batch = PlantedFacts(tokenizer).batch(4, 200, num_facts=3)
+    assert retrieval(model, batch, {"dense": None})["dense"] == 100 * accuracy(model, batch)
 
 
-def _tokenizer():
-    from cenote.backbones.embedded_language import load_embedded_language
-
-    return load_embedded_language()[1]
+def test_the_second_choice_is_where_the_loss_is_least(subject):
+    first, second = tuned(subject, 1, count=2, steps=6)
+    ids = subject.stretches(2, 0)
+    recipes = {str(place): TidalDecode(6, 1, place) for place in (2, 3, 4)}
+    losses = text_losses(subject.model, ids, 6, recipes)
+    assert (first, second) == (1, int(min(losses, key=losses.get)))
 
 
 def test_findings_judge_the_numbers_they_are_given():

@@ -197,15 +197,15 @@ class Recipe(ABC):
     def __call__(self, model: Any) -> Iterator[Session]:
         """Attend in this way within the block."""
         host = Host.of(model)
-        taken = _ACTIVE.setdefault(id(host.decoder), [])
         session = self.start(host)
+        taken = _ACTIVE.setdefault(id(host.decoder), [])
         try:
-            for name, layers in taken:
-                both = sorted(layers & session.layers)
-                if both:
-                    raise ValueError(f"{self.name} and {name} both change layers {both}: they cannot be nested")
             with ExitStack() as undo:
                 undo.callback(session.end)
+                for name, layers in taken:
+                    both = sorted(layers & session.layers)
+                    if both:
+                        raise ValueError(f"{self.name} and {name} both change layers {both}: they cannot be nested")
                 entry = (self.name, session.layers)
                 taken.append(entry)
                 undo.callback(taken.remove, entry)

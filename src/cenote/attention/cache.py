@@ -80,7 +80,8 @@ class PreallocatedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.get_seq_length():
-            assert self.keys is not None and self.values is not None
+            assert self.keys is not None
+            assert self.values is not None
             rows = indices.to(self.keys.device)
             if rows.dtype == torch.bool:
                 rows = rows.nonzero().flatten()

@@ -79,20 +79,18 @@ class EvictingLayer(PreallocatedLayer):
         self.keys, self.values, self.state.places, self.state.scores = kept
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens.
+        """Forget the newest tokens; what has been dropped because of them does not come back.
 
         Raises:
-            ValueError: heads that then hold different numbers of tokens, as some of the newest are dropped already.
+            ValueError: some of them are dropped already.
         """
         length = self.seen - abs(tokens_to_remove)
         if isinstance(self.state, Received) and length < self.seen:
             kept = self.state.places < length
-            counts = kept.sum(dim=-1)
-            if int(counts.min()) != int(counts.max()):
-                raise ValueError(
-                    "h2o has dropped some of the tokens that are to be taken back: they cannot be told apart"
-                )
-            self.keep(kept.byte().argsort(dim=-1, descending=True, stable=True)[..., : int(counts.min())])
+            count = kept.shape[2] - (self.seen - length)
+            if not bool((kept.sum(dim=-1) == count).all()):
+                raise ValueError(f"h2o has dropped some of the last {self.seen - length} tokens: it cannot take them back")
+            self.keep(kept.byte().argsort(dim=-1, descending=True, stable=True)[..., :count])
             self.seen = length
 
 

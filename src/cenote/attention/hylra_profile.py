@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cenote.attention.base import LayerCall, Recipe, Session
 from cenote.attention.host import Host
-from cenote.ops.chunk_scores import TokenOrder, best_chunks, chunk_scores, set_overlap, spread
+from cenote.ops.chunk_scores import TokenOrder, best_chunks, chunk_scores, common_members, set_overlap, spread
 from cenote.ops.gather_attention import decode_logits
 from cenote.ops.layer_policy import choose_full_layers, merge_overlap
 
@@ -75,7 +75,7 @@ class LayerStatistics:
         self.measured = [layer for layer in range(num_layers) if layer not in set(skipped)]
         self._now: dict[int, tuple[Tensor, Tensor]] = {}
         self._ratios: list[Tensor] = []
-        self._overlaps: list[Tensor] = []
+        self._common: Tensor | None = None
 
     def add(self, layer: int, weights: Float[Tensor, "batch kv_heads keys"], order: TokenOrder) -> None:
         """One layer's attention in a step, averaged over the query heads of each key and value head."""
@@ -84,30 +84,29 @@ class LayerStatistics:
             return
         ratio, chosen = (torch.stack([self._now[each][part] for each in self.measured], dim=2) for part in (0, 1))
         self._now.clear()
-        size = (*ratio.shape[:2], self.num_layers)
-        wide = torch.ones(size, device=ratio.device)
+        wide = ratio.new_ones(*ratio.shape[:2], self.num_layers)
         wide[:, :, self.measured] = ratio
-        overlap = torch.eye(self.num_layers, device=ratio.device).repeat(*size[:2], 1, 1)
-        index = torch.tensor(self.measured, device=ratio.device)
-        overlap[:, :, index[:, None], index] = set_overlap(chosen)
         self._ratios.append(wide)
-        self._overlaps.append(overlap)
+        common = common_members(chosen).sum(dim=0)
+        self._common = common if self._common is None else self._common + common
 
     @property
     def ratio(self) -> Float[Tensor, "series steps layers"]:
         """Spread: share of the chunks that holds up to 90 % of the attention; a series is a head of one text."""
-        self._check()
+        if not self._ratios:
+            raise ValueError("no calibration steps: nothing was measured")
         return torch.stack(self._ratios, dim=2).flatten(0, 1)
 
     @property
     def overlap(self) -> Float[Tensor, "kv_heads layers layers"]:
         """Mean over steps and texts of ``|S_i and S_j| / |S_j|`` for ``i < j``; 1 on the diagonal, 0 below."""
-        self._check()
-        return torch.stack(self._overlaps).mean(dim=0).mean(dim=0)
-
-    def _check(self) -> None:
-        if not self._ratios:
+        if self._common is None:
             raise ValueError("no calibration steps: nothing was measured")
+        found = set_overlap(self._common)
+        overlap = torch.eye(self.num_layers, dtype=found.dtype, device=found.device).repeat(len(found), 1, 1)
+        index = torch.tensor(self.measured, device=found.device)
+        overlap[:, index[:, None], index] = found
+        return overlap
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,7 @@ class GatedRecipe(Recipe):
                     f"{tuple(wanted[name].shape)} (heads, poolings * head_dim, hidden_size)"
                 )
         gates.load_state_dict(given, assign=True)
-        for layer, gate in gates.items():
-            gate.to(next(host.layers[int(layer)].parameters()).device)
-        return gates.requires_grad_(False)
+        return _place(gates, host).requires_grad_(False)
 
     def calibrate(
         self: GatedT,
@@ -90,10 +88,17 @@ class GatedRecipe(Recipe):
         (:func:`cenote.attention.seer_training.train_gates`).
         """
         host = Host.of(model)
-        gates = self.new_gates(host, seed)
+        gates = _place(self.new_gates(host, seed), host)
         examples = [observed for batch in batches for observed in observe(model, self, gates, batch)]
         train_gates(gates, examples, steps=steps, learning_rate=learning_rate, seed=seed)
         return self.with_gates(gates)
+
+
+def _place(gates: nn.ModuleDict, host: Host) -> nn.ModuleDict:
+    """Move each gate to its layer's device."""
+    for layer, gate in gates.items():
+        gate.to(next(host.layers[int(layer)].parameters()).device)
+    return gates
 
 
 def _some(names: list[str]) -> str:

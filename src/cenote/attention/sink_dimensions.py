@@ -70,7 +70,7 @@ def find_sink_dimensions(
     found = torch.stack([count / rows for count in seen.values()]).mean(dim=0) > share
     if not bool(found.any()):
         raise ValueError(
-            f"no dimension of the first token exceeds {tau} times its RMS in most middle layers: lower tau, or the model "
-            "has no massive activations"
+            f"no dimension of the first token exceeds {tau} times its RMS in most middle layers: lower tau, or the "
+            "model has no massive activations"
         )
     return tuple(found.nonzero().flatten().tolist())

@@ -33,6 +33,12 @@ def _chunks(budget: float, tokens: int, longest: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _gated(budget: float, tokens: int, longest: int) -> dict[str, Any]:
+    """The first and the last block come on top of a decoding gate's own choice."""
+    size = _block(longest)
+    return {"block_size": size, "token_budget": size * max(1, round(_tokens(budget, tokens) / size) - 2)}
+
+
 def _bits(budget: float, tokens: int, longest: int) -> dict[str, Any]:
     return {"bits": min(8, max(2, round(16 * budget)))}
 
@@ -44,6 +50,7 @@ SETTINGS: dict[str, Settings] = {
     "tidal_decode": lambda budget, tokens, _: {"budget": _tokens(budget, tokens)},
     "hylra": _chunks,
     "seer_attention": lambda budget, _, longest: {"nz_ratio": budget, "block_size": _block(longest)},
+    "seer_decode": _gated,
     "block_heuristic": lambda budget, _, longest: {"nz_ratio": budget, "block_size": _block(longest)},
     "echo_att": lambda *_: {"ratio": 0.25},
     "rsq": _bits,

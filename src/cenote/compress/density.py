@@ -31,9 +31,9 @@ def watched(model: torch.nn.Module) -> Iterator[Density]:
     """Count within the block; inputs are one row without padding. Enter it inside a recipe's block.
 
     The output of a head is ``sum_j a_j v_j``: its derivative by an entry of ``v_j`` is ``a_j``, which is not zero where
-    position ``j`` is attended to (weights that float32 rounds to zero are no attention). Entries of the values tell the query heads of a group apart and, in a prompt, a few
-    evenly spaced queries, so that one backward pass a layer gives all of them. Keys that a recipe has dropped count as
-    visible.
+    position ``j`` is attended to (weights that float32 rounds to zero are no attention). Entries of the values tell the
+    query heads of a group apart and, in a prompt, a few evenly spaced queries, so that one backward pass a layer gives
+    all of them. Keys that a recipe has dropped count as visible.
     """
     host = Host.of(model)
     attentions = {id(attention) for attention in host.attentions}

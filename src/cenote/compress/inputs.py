@@ -53,11 +53,11 @@ def load_model(model: Any, tokenizer: Any = None, device: str = "cpu", dtype: st
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted or "auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=wanted or "auto")
         tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"transformers cannot load a language model from {str(model)!r}: {error}") from error
-    return loaded.to(torch.device(device)).eval(), tokenizer
+    return loaded.to(device).eval(), tokenizer
 
 
 def load_text(text: str | Path | None, data: str | None) -> tuple[str, str]:

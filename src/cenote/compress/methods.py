@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,16 +17,18 @@ from cenote.attention.base import Recipe
 from cenote.attention.host import Host
 from cenote.attention.registry import list_recipes, recipe_class
 from cenote.compress.budgets import follows_budget, settings
-from cenote.compress.result import DENSE
+from cenote.compress.result import DENSE, WEIGHTS
 from cenote.specs import check_options, parse_spec, unknown_name
 
-WEIGHTS = ("rsq", "gptq", "rtn")
 UNFIT = {
     "visual_attention_redistribution": "it moves attention between the tokens of an image, and the inputs are text",
 }
+SAME_FOR_ALL_BUDGETS = ("seer_attention", "seer_decode")
+"""Recipes whose calibration does not look at the budget."""
 Batches = Sequence[Mapping[str, Tensor]]
 
 
+@runtime_checkable
 class Ready(Protocol):
     """A method that is ready to run.
 
@@ -85,8 +87,14 @@ class Method:
         """Whether it depends on the budget."""
         return follows_budget(self.name, self.options)
 
-    def ready(self, model: Any, calibration: Batches, budget: float | None, longest: int, seed: int) -> Ready:
+    def ready(
+        self, model: Any, calibration: Batches, budget: float | None, longest: int, seed: int,
+        like: Ready | None = None,
+    ) -> Ready:  # fmt: skip
         """Calibrate or quantise.
+
+        Args:
+            like: what was made ready before: the same method's learning is used again where it can be.
 
         Raises:
             ValueError, TypeError: the method does not fit the model or the settings do not.
@@ -101,8 +109,11 @@ class Method:
             batches = () if self.name == "rtn" else (list(calibration),)
             result = _weight_function(self.name)(copy.deepcopy(model), *batches, **options)
             return ReadyWeights(describe(self.name, options), time.perf_counter() - begin, result)
-        recipe = recipe_class(self.name)(**options).calibrate(model, calibration)
-        seconds = time.perf_counter() - begin
+        if isinstance(like, ReadyRecipe) and like.method == self and self.name in SAME_FOR_ALL_BUDGETS:
+            recipe, seconds = replace(like.recipe, **options), like.seconds
+        else:
+            recipe = recipe_class(self.name)(**options).calibrate(model, calibration)
+            seconds = time.perf_counter() - begin
         with recipe(model):  # refuses here what it cannot serve
             pass
         note = str(getattr(recipe, "note", ""))

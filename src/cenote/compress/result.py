@@ -21,6 +21,8 @@ SCHEMA_VERSION = 1
 QUALITY = "share of dense kept (the lower of perplexity and retrieval)"
 QUALITY_TEXT = "share of dense kept (perplexity)"
 DENSE = "dense"
+WEIGHTS = ("rsq", "gptq", "rtn")
+"""Methods that change weights; all others are recipes."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,16 @@ class Row:
         decode_ms_per_token: median time of a token behind it.
         decode_ms_spread: interquartile range.
         dense_prefill_ms, dense_decode_ms: the same of the dense model, its runs taking turns with this method's.
-        request_ms: one prompt and ``request_tokens`` new tokens.
+        request_ms: one prompt and ``request_tokens`` new tokens: the dense row's time by this method's ratios to it, so
+            that a machine that slows down during the run favours nobody.
         peak_bytes: weights and the most memory that a prompt and a few tokens need beside them.
         cache_bytes: keys, values and the method's state held behind that prompt.
         weight_bytes: weights as the method stores them.
         density: share of the key positions that new tokens attend to, over layers and heads.
         prefill_density: the same of the prompt's tokens.
         calibration_seconds: time to learn or quantise.
-        front: on the front of quality and request time.
+        front: on the front of quality and request time. Weight methods, which run on dequantised weights here and so
+            take the dense model's time, are not.
         note: what a reader must know.
     """
 
@@ -85,6 +89,11 @@ class Row:
     def name(self) -> str:
         """Method and budget."""
         return self.method if self.budget is None else f"{self.method} {self.budget:g}"
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether it is a weight method."""
+        return self.method.partition("(")[0] in WEIGHTS
 
     @property
     def decode_speedup(self) -> float:
@@ -165,15 +174,18 @@ def row_json(row: Row) -> dict[str, Any]:
 
 def row_from_json(read: dict[str, Any]) -> Row:
     """The row that :func:`row_json` wrote; undefined numbers come back as NaN where a number is expected."""
-    names = {field.name: field.type for field in dataclasses.fields(Row)}
-    values: dict[str, Any] = {key: value for key, value in read.items() if key in names}
-    return Row(**{k: math.nan if value is None and names[k] == "float" else value for k, value in values.items()})
+    values: dict[str, Any] = {}
+    for each in dataclasses.fields(Row):
+        if each.name in read:
+            value = read[each.name]
+            values[each.name] = math.nan if value is None and each.type == "float" else value
+    return Row(**values)
 
 
 def ranked(rows: list[Row]) -> tuple[Row, ...]:
     """The dense model, then the others by quality and time, each marked if it is on the front."""
-    cost, quality = np.array([row.request_ms for row in rows], float), np.array([row.quality for row in rows], float)
-    front = set(pareto_front(cost, quality))
+    cost = np.array([math.nan if row.changes_weights else row.request_ms for row in rows], float)
+    front = set(pareto_front(cost, np.array([row.quality for row in rows], float)))
     marked = [dataclasses.replace(row, front=number in front) for number, row in enumerate(rows)]
     return tuple(sorted(marked, key=lambda row: (row.method != DENSE, -_low(row.quality), row.request_ms)))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from cenote.compress.cost import STEPS, WARM_UP, Cost, measure_cost
 from cenote.compress.folder import Folder
 from cenote.compress.inputs import EMBEDDED, Inputs, fingerprint, load_model, load_text, make_inputs
-from cenote.compress.methods import WEIGHTS, Method, Ready, ReadyDense, check_model, parse_methods
+from cenote.compress.methods import Method, Ready, ReadyDense, check_model, parse_methods
 from cenote.compress.quality import (
     MIN_RETRIEVAL,
     decoded_logits,
@@ -23,7 +23,7 @@ from cenote.compress.quality import (
     share_kept,
     text_quality,
 )
-from cenote.compress.result import DENSE, QUALITY, QUALITY_TEXT, CompressResult, Row, ranked
+from cenote.compress.result import DENSE, QUALITY, QUALITY_TEXT, WEIGHTS, CompressResult, Row, ranked
 from cenote.probe.display import Display, Quiet
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -123,11 +123,12 @@ def compress(
     meter.dense_row = rows[0]
     display.advance()
     refused: list[tuple[str, str]] = []
+    ready: Ready | None = None
     for (method, share), key in zip(jobs, keys, strict=True):
         row = _finished(folder, key)
         if row is None and method.spec not in dict(refused):
             try:
-                ready = method.ready(live, inputs.calibration, share, context, seed)
+                ready = method.ready(live, inputs.calibration, share, context, seed, ready)
                 row = _measured(folder, key, meter, share, ready, method)
             except Exception as error:
                 if named:
@@ -178,10 +179,18 @@ class _Meter:
         return Row(
             method=name, spec=own.spec, budget=budget, quality=kept, quality_name=QUALITY if counts else QUALITY_TEXT,
             **dataclasses.asdict(quality), retrieval=found, retrieval_grid=grid, **fields,
-            request_ms=cost.prefill_ms + self.request_tokens * cost.decode_ms_per_token,
+            request_ms=self._request(cost),
             peak_bytes=self.dense.weight_bytes() + working, weight_bytes=own.weight_bytes(),
             calibration_seconds=own.seconds, note=own.note,
         )  # fmt: skip
+
+    def _request(self, cost: Cost) -> float:
+        dense = self.dense_row
+        if dense is None:
+            return cost.prefill_ms + self.request_tokens * cost.decode_ms_per_token
+        prompt = dense.prefill_ms * cost.prefill_ms / cost.dense_prefill_ms
+        token = dense.decode_ms_per_token * cost.decode_ms_per_token / cost.dense_decode_ms
+        return prompt + self.request_tokens * token
 
 
 def _measured(
@@ -209,7 +218,7 @@ def _choose(table: tuple[Row, ...], loss: float) -> tuple[str | None, str]:
 
     Weight methods run on dequantised weights here, so that time says nothing of them: they are kept by name only.
     """
-    recipes = [row for row in table if row.method != DENSE and row.method.partition("(")[0] not in WEIGHTS]
+    recipes = [row for row in table if row.method != DENSE and not row.changes_weights]
     known = [row for row in recipes if math.isfinite(row.quality)]
     if not known:
         return None, "no recipe was measured, so none is kept"

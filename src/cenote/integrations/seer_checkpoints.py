@@ -102,7 +102,8 @@ def load_seer_attention(folder: str | os.PathLike[str], **changes: Any) -> SeerA
         **changes: settings of the recipe in place of the published ones, such as ``nz_ratio``.
 
     Raises:
-        ValueError: gates of the decode variant, an unknown ``sparsity_method``, and as :func:`read_published`.
+        ValueError: gates of the decode variant, an unknown ``sparsity_method`` or none of its value, and as
+            :func:`read_published`.
     """
     published = read_published(folder)
     if published.decode:
@@ -116,6 +117,8 @@ def load_seer_attention(folder: str | os.PathLike[str], **changes: Any) -> SeerA
         "gate_force_double": "force_double", "last_block_dense": "last_block_dense", method: method,
     }  # fmt: skip
     settings = {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs) is not None}
+    if method not in settings and not {"threshold", "nz_ratio"} & changes.keys():
+        raise ValueError(f"{folder} chooses blocks by {method} and gives none: pass nz_ratio or threshold")
     recipe = SeerAttention(**{"threshold": None, **settings}, gates=published.gates)
     if "nz_ratio" in changes:
         changes = {"threshold": None, **changes}

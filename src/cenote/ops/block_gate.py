@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cenote.ops.attention_statistics import block_maxima
-from cenote.ops.blocks import causal_blocks, num_blocks, pool_blocks
+from cenote.ops.blocks import causal_blocks, pool_blocks
 from cenote.ops.selection import select_threshold, select_topk
 
 MASKED = -1e30
@@ -163,9 +163,10 @@ def quest_bounds(
     ``max_{q in block} sum_d max(q_d max_d, q_d min_d)`` with maximum and minimum over the keys of the other block
     ("Quest", arXiv 2406.10774, whose queries are single tokens). Not masked.
     """
-    batch, heads, tokens, head_dim = query.shape
-    blocks = num_blocks(tokens, block_size)
-    high, low = (pool_blocks(key, block_size, kind).float().transpose(-1, -2) for kind in ("max", "min"))
-    grouped = query.float().reshape(batch, key.shape[1], -1, tokens, head_dim)
-    bounds = grouped.clamp(min=0) @ high.unsqueeze(2) + grouped.clamp(max=0) @ low.unsqueeze(2)
-    return pool_blocks(bounds.reshape(batch, heads, tokens, blocks), block_size, "max")
+    high, low = (pool_blocks(key, block_size, kind).float().transpose(-1, -2).unsqueeze(2) for kind in ("max", "min"))
+    rows = []
+    for part in query.split(block_size, dim=2):  # a bound for each token and block at once would take gigabytes
+        grouped = part.float().unflatten(1, (key.shape[1], -1))
+        bounds = grouped.clamp(min=0) @ high + grouped.clamp(max=0) @ low
+        rows.append(bounds.amax(dim=3).flatten(1, 2))
+    return torch.stack(rows, dim=2)

@@ -66,7 +66,7 @@ def block_sparse_attention(
     if backend not in ("auto", "torch", "flex"):
         raise ValueError(f"backend must be 'auto', 'torch' or 'flex', got {backend!r}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "flex" or (backend == "auto" and _flex_pays(query, key, value, key_mask)):
+    if backend == "flex" or (backend == "auto" and _flex_pays(query, key, value, key_mask, block_size)):
         return _flex(query, key, value, chosen, block_size, causal, key_mask, scale)
     return _gathered(query, key, value, chosen, block_size, causal, key_mask, scale)
 
@@ -213,10 +213,15 @@ def _compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-def _flex_pays(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> bool:
+def _fits_tiles(block_size: int, head_dim: int, width: int) -> bool:
+    """Whether FlexAttention's GPU kernels take these sizes: they refuse other blocks and narrower heads."""
+    return block_size >= 16 and block_size.bit_count() == 1 and min(head_dim, width) >= 16
+
+
+def _flex_pays(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, block_size: int) -> bool:
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if torch.compiler.is_compiling() or learning:
         return False
     if query.is_cuda:
-        return True
+        return _fits_tiles(block_size, query.shape[-1], value.shape[-1])
     return query.device.type == "cpu" and key_mask is None and query.shape[2] >= FLEX_FROM and _compiler()

@@ -109,15 +109,24 @@ def spread(
 
     One less than those that reach it: a chunk that holds more than ``share`` gives 0. Lies in [0, 1).
     """
-    heaviest = mass.sort(dim=-1, descending=True).values
+    heaviest = mass.double().sort(dim=-1, descending=True).values
     running = (heaviest / heaviest.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
     within = (running <= share) & (torch.arange(mass.shape[-1], device=mass.device) < chunks[:, None, None])
-    return within.sum(dim=-1) / chunks[:, None]
+    return within.sum(dim=-1).double() / chunks[:, None]
 
 
-def set_overlap(sets: Bool[Tensor, "batch heads layers chunks"]) -> Float[Tensor, "batch heads layers layers"]:
-    """``|S_i and S_j| / |S_j|`` for layers ``i < j``, 1 on the diagonal, 0 below."""
+def common_members(sets: Bool[Tensor, "batch heads layers chunks"]) -> Int[Tensor, "batch heads layers layers"]:
+    """``|S_i and S_j|`` for every pair of layers; on the diagonal the sizes of the sets."""
     members = sets.float()
-    common = members @ members.transpose(-1, -2)
-    overlap = (common / members.sum(dim=-1).unsqueeze(-2)).triu(diagonal=1)
-    return overlap + torch.eye(sets.shape[2], device=sets.device)
+    return (members @ members.transpose(-1, -2)).long()
+
+
+def set_overlap(common: Int[Tensor, "heads layers layers"]) -> Float[Tensor, "heads layers layers"]:
+    """``|S_i and S_j| / |S_j|`` for layers ``i < j``, 1 on the diagonal, 0 below, from :func:`common_members`.
+
+    Counts summed over steps give the mean over steps, all sets being of one size. Dividing once and in float64 keeps
+    equal overlaps equal, which a plan's comparisons rest on.
+    """
+    sizes = common.diagonal(dim1=1, dim2=2).clamp(min=1).double()
+    overlap = (common / sizes.unsqueeze(-2)).triu(diagonal=1)
+    return overlap + torch.eye(common.shape[1], device=common.device)

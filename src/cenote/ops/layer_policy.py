@@ -66,9 +66,10 @@ def choose_full_layers(
     check_sparsity(sparsity)
     if not ratio.numel():
         raise ValueError("no calibration steps: nothing was measured")
-    low, high = torch.quantile(ratio.float(), torch.tensor([0.25, 0.75], device=ratio.device), dim=1, keepdim=True)
+    ratio = ratio.double()
+    low, high = torch.quantile(ratio, ratio.new_tensor([0.25, 0.75]), dim=1, keepdim=True)
     reach = 1.5 * (high - low)
-    mean = ratio.float().clamp(low - reach, high + reach).mean(dim=1).mean(dim=0)
+    mean = ratio.clamp(low - reach, high + reach).mean(dim=1).mean(dim=0)
     layers = mean.shape[0]
     first = list(dict.fromkeys(forced))
     order = first + [n for n in mean.argsort(descending=True, stable=True).tolist() if n not in first]

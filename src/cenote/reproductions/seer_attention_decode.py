@@ -19,8 +19,9 @@ from cenote.attention.seer_gate import DecodeGate
 from cenote.reproductions.base import Finding, at_most, finding
 from cenote.reproductions.seer_attention_worlds import World
 
-PROMPT, STEPS = 896, 96
-BUDGETS = (192, 96)
+PROMPT, STEPS = 400, 96
+"""Together within 512 tokens, up to which the embedded language model predicts prose evenly well."""
+BUDGETS = (96, 48)
 """About a fifth and a tenth of the keys."""
 
 
@@ -58,9 +59,8 @@ def decode_findings(world: World, seeds: Sequence[int], steps: int, progress: Ca
     for seed in seeds:
         progress(f"decode gates of {world.name}, seed {seed}")
         recipe = SeerDecode(block_size=size, token_budget=size)
-        learned = recipe.calibrate(
-            world.model, [{"input_ids": part} for part in world.training.split(4)], steps=steps, seed=seed
-        )
+        batches = [{"input_ids": part[:, : PROMPT + STEPS]} for part in world.training.split(4)]
+        learned = recipe.calibrate(world.model, batches, steps=steps, seed=seed)
         # The first and the last block come on top of the budget.
         runs.append({budget: _decoded(world, replace(learned, token_budget=budget - 2 * size)) for budget in BUDGETS})
     found = []

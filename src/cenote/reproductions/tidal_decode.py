@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import exp
 from statistics import fmean
 
+from cenote.attention import Recipe
 from cenote.backbones.embedded_language import load_embedded_language
 from cenote.reproductions.base import Finding, Reproduction, Settings, finding
 from cenote.reproductions.rows_figure import draw_rows
@@ -30,15 +31,16 @@ CLAIM = (
 SHARE = 0.1
 FACTS = (0.01, 0.02, 0.05)
 HOST = (
-    "The shipped language model: 8 layers, 6 query over 3 key-value heads of 16, context 1024; layers 0 and 1 dense, "
-    "2 and 4 choose. Dense prompt, then token by token; peers have the same dense layers."
+    "The shipped language model: 8 layers, 6 query over 3 key-value heads of 16, context 1024. The prompt is dense, "
+    "then tokens come one by one; peers have the same dense layers. The first choice is where the paper has it, the "
+    "second was tuned on other text."
 )
 
 Losses = list[dict[str, float]]
 
 
 def run(settings: Settings) -> list[Finding]:
-    count, steps, documents = (8, 96, 24) if settings.quick else (16, 256, 64)
+    count, steps, documents = (6, 48, 12) if settings.quick else (16, 256, 64)
     found: list[Finding] = []
     several = subjects(settings)
     for subject in several:
@@ -49,10 +51,11 @@ def run(settings: Settings) -> list[Finding]:
             settings.progress(f"{subject.name} decoded at 10 % of the context, seed {seed}")
             ids = subject.stretches(count, seed)
             losses.append(text_losses(subject.model, ids, steps, peers(subject, budget, seed)))
-            overlaps.append(neighbour_overlap(subject, ids, 8, budget))
+            overlaps.append(neighbour_overlap(subject, ids[:2], 8, budget))
         found += perplexity_findings(losses, subject.name, central=not found)
         found.append(overlap_finding(overlaps, subject.name))
-    found += retrieval_findings(several[0], documents, settings)
+    for subject in several[:2]:
+        found += retrieval_findings(subject, documents, settings)
     settings.progress("exact properties and speed")
     return [*found, *exact_findings(several[0].model, several[0].stretches(1, 0)), speed_finding()]
 
@@ -127,23 +130,29 @@ def overlap_finding(values: Sequence[float], text: str) -> Finding:
 def retrieval_findings(subject: Subject, documents: int, settings: Settings) -> list[Finding]:
     """Planted facts found with 1 to 5 % of the context."""
     facts = PlantedFacts(load_embedded_language()[1])
-    runs: dict[float, Losses] = {share: [] for share in FACTS}
+    first, second = subject.choose
+    runs: Losses = []
     for seed in settings.seeds:
-        settings.progress(f"planted facts, seed {seed}")
-        batch = facts.batch(documents, subject.length, seed=seed)
+        settings.progress(f"planted facts, choosing in layers {first} and {second}, seed {seed}")
+        recipes: dict[str, Recipe | None] = {"dense": None}
         for share in FACTS:
-            recipes = peers(subject, round(share * subject.length), seed)
-            kept = {name: recipes[name] for name in ("dense", "TidalDecode", "window")}
-            runs[share].append(retrieval(subject.model, batch, kept))
+            others = peers(subject, round(share * subject.length), seed)
+            recipes |= {f"{name} {share:.0%}": others[name] for name in ("TidalDecode", "window")}
+        runs.append(retrieval(subject.model, facts.batch(documents, subject.length, seed=seed), recipes))
     found = []
-    for share, results in runs.items():
-        means = ", ".join(f"{name} {fmean(r[name] for r in results):.0f} %" for name in results[0])
-        words = f"with {share:.0%} of {subject.length} tokens"
+    for share in FACTS:
+        means = ", ".join(
+            f"{name} {fmean(r[name] for r in runs):.0f} %"
+            for name in runs[0]
+            if name.endswith(("dense", f" {share:.0%}"))
+        )
+        ours, window = ([r["dense"] - r[f"{name} {share:.0%}"] for r in runs] for name in ("TidalDecode", "window"))
+        words = f"with {share:.0%} of {subject.length} tokens, choosing in layers {first} and {second}"
         found += [
             finding(
                 f"Planted facts are found {words} as often as by dense decoding.",
                 "at most 5 points less",
-                [r["dense"] - r["TidalDecode"] for r in results],
+                ours,
                 lambda v: v <= 5,
                 paper="full accuracy at 1 % and 0.1 % of 10k and 100k tokens",
                 unit="points lost",
@@ -152,7 +161,7 @@ def retrieval_findings(subject: Subject, documents: int, settings: Settings) -> 
             finding(
                 f"A window of the same size does not find them, {words}.",
                 "at least 30 points less than dense",
-                [r["dense"] - r["window"] for r in results],
+                window,
                 lambda v: v >= 30,
                 unit="points lost",
             ),

@@ -61,8 +61,8 @@ def speed_finding() -> Finding:
         ratio,
         lambda v: v >= 10,
         unit="x",
-        note="Each called again and again on the same keys. Taken in turn, so that a dense call empties the caches of the "
-        f"processor before each of ours, it is {cold:.1f}x.",
+        note="Each called again and again on the same keys. Taken in turn, so that a dense call empties the "
+        f"processor's caches before each of ours, it is {cold:.1f}x.",
     )
 
 

@@ -49,8 +49,9 @@ def _prefill(case: Case) -> dict[str, Tensor]:
     query, key, value = (inputs[name].transpose(1, 2) for name in ("query", "key", "value"))
     logits = gate.score(*gate.pool(query, key), (inputs["block_cos"], inputs["block_sin"]))
     masks = {
-        "threshold": choose_blocks(logits, threshold=c["threshold"], last_block_dense=c["last_block_dense"]),
-        "nz_ratio": choose_blocks(logits, nz_ratio=c["nz_ratio"], last_block_dense=c["last_block_dense"]),
+        name: choose_blocks(logits, **{name: c[name]}, last_block_dense=c["last_block_dense"])
+        for name in ("threshold", "nz_ratio")
+        if c[name] is not None
     }
     cos, sin = inputs["cos"].unsqueeze(1), inputs["sin"].unsqueeze(1)
     query, key = rotate_by(query, cos, sin), rotate_by(key, cos, sin)
