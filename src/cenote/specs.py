@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -47,7 +47,7 @@ def accepted(cls: type, options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key in parameters and key != "dim"}
 
 
-def check_options(name: str, cls: type, options: Iterable[str]) -> None:
+def check_options(name: str, cls: Callable[..., Any], options: Iterable[str]) -> None:
     """Raise ``ValueError`` with the signature where ``cls`` does not take one of the options.
 
     Its width ``dim`` is no option: whoever builds it gives that. A class that takes ``**options`` looks at them itself.

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from attention_hosts import decoder, padded
 from cenote.attention import registry
-from cenote.attention.base import Recipe, Session, refuse_unserved
+from cenote.attention.base import _ACTIVE, Recipe, Session, refuse_unserved
 from cenote.attention.cache import PreallocatedLayer
 from cenote.attention.host import Host, cache_argument, output_cache
 from cenote.attention.plan import LayerPlan
@@ -84,6 +84,27 @@ def test_two_recipes_on_one_layer_are_refused_by_name(model):
         pass
     with Scaled((1, 2))(model):
         pass
+
+
+def test_what_a_refused_recipe_changed_is_undone(model):
+    ended = []
+
+    class Ending(Scaled):
+        def start(self, host):
+            if self.factor == 0:
+                raise ValueError("not this one")
+            session = super().start(host)
+            session.end = lambda: ended.append(self.factor)
+            return session
+
+    with Ending((0,), 2.0)(model):
+        with pytest.raises(ValueError, match="cannot be nested"), Ending((0,), 3.0)(model):
+            pass
+        assert ended == [3.0]
+    assert ended == [3.0, 2.0]
+    with pytest.raises(ValueError, match="not this one"), Ending((0,), 0.0)(model):
+        pass
+    assert not _ACTIVE
 
 
 def test_an_exception_restores_the_model(model):

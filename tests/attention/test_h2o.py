@@ -1,13 +1,13 @@
 import pytest
 import torch
-from attention_hosts import decoder, padded
-from reference.masked_decoding import masked_decoding
 from transformers import DynamicCache
 
+from attention_hosts import decoder, padded
 from cenote.attention import H2O
 from cenote.attention.host import cache_argument
 from cenote.compress.cost import cache_bytes
 from cenote.compress.teacher_forced import teacher_forced_logits
+from reference.masked_decoding import masked_decoding
 
 BUDGET, RECENT = 9, 4
 
@@ -19,7 +19,7 @@ class Rule:
         self.kept, self.scores = {}, {}
 
     def __call__(self, layer, call, logits, seen):
-        kv_heads, (batch, heads, queries, keys) = call.key.shape[1], logits.shape
+        kv_heads, (batch, heads, _, keys) = call.key.shape[1], logits.shape
         before = self.kept.get(layer, torch.ones(batch, kv_heads, 0, dtype=torch.bool))
         new = torch.ones(batch, kv_heads, keys - before.shape[2], dtype=torch.bool)
         kept = torch.cat((before, new), dim=2)

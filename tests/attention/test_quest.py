@@ -1,13 +1,13 @@
 import pytest
 import torch
-from attention_hosts import decoder, padded
-from reference.masked_decoding import masked_decoding
 from transformers import DynamicCache
 
+from attention_hosts import decoder, padded
 from cenote.attention import Quest
 from cenote.attention.host import cache_argument
 from cenote.attention.quest import PageBounds
 from cenote.compress.teacher_forced import teacher_forced_logits
+from reference.masked_decoding import masked_decoding
 
 SIZE, PAGES = 4, 3
 

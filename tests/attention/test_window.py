@@ -1,10 +1,10 @@
 import pytest
 import torch
-from attention_hosts import decoder, padded
-from reference.masked_decoding import masked_decoding
 
+from attention_hosts import decoder, padded
 from cenote.attention import Window
 from cenote.compress.teacher_forced import teacher_forced_logits
+from reference.masked_decoding import masked_decoding
 
 
 def rule(budget, sinks):

@@ -30,7 +30,8 @@ def test_it_prints_the_table_and_writes_the_folder(tmp_path, capsys, monkeypatch
     ("args", "hint"),
     [
         (["--method", "qest"], "did you mean quest"), (["--budget", "a"], "--budget takes shares"),
-        (["--method", "quest", "--methods", "all"], "not both"), (["no/such/model", "--method", "window"], "no/such/model"),
+        (["--method", "quest", "--methods", "all"], "not both"),
+        (["no/such/model", "--method", "window"], "no/such/model"),
         (["--text", "no/such/file"], "no/such/file"), (["--steps", "0"], "steps"),
     ],
 )  # fmt: skip

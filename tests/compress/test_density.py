@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from attention_hosts import decoder, padded
 from transformers import DynamicCache
 
+from attention_hosts import decoder, padded
 from cenote.attention import H2O, BlockHeuristic, Quest, TidalDecode, Window
 from cenote.attention.host import cache_argument
 from cenote.compress.density import watched

@@ -124,12 +124,11 @@ def test_bad_input_is_refused():
         layer_similarity(model, [])
     with pytest.raises(ValueError, match="sliding window"):
         layer_similarity(decoder("mistral", sliding_window=4), [{"input_ids": ids, "attention_mask": mask}])
-    two = matrix((1, 0.5), (0, 1))
-    with pytest.raises(ValueError, match="3 at least"):
-        choose_by_gap(two)
-    with pytest.raises(ValueError, match="shares 0 of 2"):
-        choose_by_similarity(two, 0.1)
-    with pytest.raises(ValueError, match="shares 2 of 2"):
-        choose_by_similarity(two, 1.0)
+    for choose in (choose_by_gap, lambda alike: choose_by_similarity(alike, 0.5)):
+        with pytest.raises(ValueError, match="3 at least"):
+            choose(torch.eye(2))
+    for ratio, words in ((0.1, "shares 0 of 3"), (1.0, "shares 3 of 3")):
+        with pytest.raises(ValueError, match=words):
+            choose_by_similarity(torch.eye(3), ratio)
     with pytest.raises(ValueError, match="symmetric"):
         choose_by_gap(torch.arange(9.0).view(3, 3))

@@ -1,4 +1,4 @@
-"""Decoding with a full cache in which every layer's steps see only what a rule leaves: the plain form of sparse decoding."""
+"""Decoding with a full cache in which steps see only what a rule leaves: the plain form of sparse decoding."""
 
 from contextlib import contextmanager
 

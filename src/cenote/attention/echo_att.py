@@ -15,9 +15,7 @@ from cenote.attention.echo_att_similarity import layer_similarity
 from cenote.attention.host import Host, cache_of
 from cenote.attention.plan import LayerPlan
 from cenote.ops.layer_sharing import choose_by_gap, choose_by_similarity
-from cenote.ops.shared_attention import apply_map, attention_map
-
-FORMS = ("probabilities", "query_key")
+from cenote.ops.shared_attention import FORMS, apply_map, attention_map
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class EchoAtt(Recipe):
     weights as well, and to repair the model by training, see
     :func:`cenote.integrations.echo_att_model.share_attention`.
 
-    Shared layers cache no keys (a static cache has room for them, which stays unused), so that a cache begun inside the
-    block cannot be continued outside. Only layers that are copied from make their map explicitly.
+    Shared layers keep no keys in a cache that they are given, as by ``generate`` (a static cache has room for them,
+    which stays unused), so that a cache begun inside the block cannot be continued outside. Only layers that are copied from make their map explicitly.
 
     Paper: "EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models" (arXiv 2409.14595). No official
     code was found. The paper prints blocks of ``k + 1`` layers where its text says ``k``; here a set of layers is

@@ -58,7 +58,7 @@ class AttentionSimilarity:
         """Layers to share: ``round(ratio * layers)`` of them by similarity, or blocks of the inner layers.
 
         Raises:
-            ValueError: fewer than three layers for ``"auto"``; a ratio that shares none or all.
+            ValueError: fewer than three layers; a ratio that shares none or all.
         """
         if isinstance(ratio, str):
             if ratio != "auto":

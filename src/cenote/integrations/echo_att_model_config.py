@@ -8,8 +8,7 @@ from typing import Any, no_type_check
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from cenote.attention.plan import LayerPlan
-
-FORMS = ("probabilities", "query_key")
+from cenote.ops.shared_attention import FORMS
 
 
 @no_type_check  # run-time shape checks would take the keyword arguments from the host's dataclass

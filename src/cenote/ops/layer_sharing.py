@@ -21,8 +21,6 @@ def inner_layers(similarity: Float[Tensor, "layers layers"]) -> range:
     """
     _check(similarity)
     layers = len(similarity)
-    if layers < 3:
-        raise ValueError(f"an automatic choice of layers needs 3 at least, got {layers}")
     scores = (similarity.sum(dim=1) - similarity.diagonal()) / (layers - 1)
     ordered = scores.sort().values
     threshold = ordered[int((ordered[1:] - ordered[:-1]).argmax())]
@@ -51,7 +49,8 @@ def choose_by_similarity(similarity: Float[Tensor, "layers layers"], ratio: floa
     layer that becomes shared passes its own followers on to its source.
 
     Raises:
-        ValueError: a ratio that shares no layer, or the first one too; a matrix that is not square, finite, symmetric.
+        ValueError: a ratio that shares no layer, or the first one too; fewer than three layers, or a matrix that is
+            not square, finite and symmetric.
     """
     _check(similarity)
     layers = len(similarity)
@@ -100,3 +99,5 @@ def _check(similarity: Tensor) -> None:
         raise ValueError(f"expected a finite similarity of layers with layers, got shape {tuple(similarity.shape)}")
     if not torch.allclose(similarity, similarity.T, atol=1e-4):
         raise ValueError("expected a symmetric similarity")
+    if len(similarity) < 3:
+        raise ValueError(f"an automatic choice of layers needs 3 at least, got {len(similarity)}")

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from cenote.ops.masked import widen
 
+FORMS = ("probabilities", "query_key")
+"""What one layer can hand to another: its map, or the queries and keys that it is made of."""
+
 
 def attention_map(
     query: Float[Tensor, "batch heads queries head_dim"],

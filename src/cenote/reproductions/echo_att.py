@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -49,18 +49,17 @@ def run(settings: Settings) -> list[Finding]:
     subjects = [embedded(seed, data) for seed in seeds]
     trained: list[Finding] = []
     if have[BOOKS]:
-        steps = 40 if settings.quick else 300
-        trained += training_findings("the embedded language model", subjects, seeds, steps, settings.progress)
+        trained += training_findings("the embedded language model", subjects, seeds, settings)
     if have[SHAKESPEARE] and not settings.quick:
         letters = []
         for seed in seeds:
             settings.progress(f"a teacher on tiny Shakespeare, seed {seed}")
             letters.append(shakespeare(seed, data, 1200))  # type: ignore[arg-type]
-        trained += training_findings("a letter model of tiny Shakespeare", letters, seeds, 300, settings.progress)
+        trained += training_findings("a letter model of tiny Shakespeare", letters, seeds, settings)
         trained += choice_findings("a letter model of tiny Shakespeare", letters, seeds, settings)
     settings.progress("sharing without training")
     found = choice_findings("the embedded language model", subjects, seeds, settings)
-    found += retrieval_findings(subjects, seeds)
+    found += retrieval_findings(subjects, seeds, 16 if settings.quick else 32)
     if have[STORIES]:
         found += choice_findings("stories260K", [stories(data)], seeds[:1], settings)  # type: ignore[arg-type]
     settings.progress("speed and exact properties")
@@ -80,7 +79,7 @@ def choice_findings(name: str, subjects: Sequence[Subject], seeds: Sequence[int]
         for ratio in RATIOS:
             similar = seen.choose(ratio)
             chosen.append(f"{ratio:.0%}: {', '.join(map(str, similar))}")
-            sets = random_sets(layers, len(similar), 6 if settings.quick else 35, seed)
+            sets = random_sets(layers, len(similar), 4 if settings.quick else 35, seed)
             lost["similar"][ratio].append(damage(subject, similar, loss))
             lost["first"][ratio].append(damage(subject, tuple(range(1, len(similar) + 1)), loss))
             lost["random"][ratio].append(fmean(damage(subject, each, loss) for each in sets))
@@ -143,12 +142,12 @@ def _others(similarity: Any) -> Any:
     return (similarity.sum() - layers) / (layers * (layers - 1))
 
 
-def retrieval_findings(subjects: Sequence[Subject], seeds: Sequence[int]) -> list[Finding]:
+def retrieval_findings(subjects: Sequence[Subject], seeds: Sequence[int], documents: int) -> list[Finding]:
     """What sharing does to looking facts up."""
     rows = []
     for subject, seed in zip(subjects, seeds, strict=True):
-        alike = subject.similarity
-        rows.append([retrieval(subject, (), seed), *(retrieval(subject, alike.choose(r), seed) for r in RATIOS)])
+        shared = ((), *(subject.similarity.choose(ratio) for ratio in RATIOS))
+        rows.append([retrieval(subject, layers, seed, documents) for layers in shared])
     means = [fmean(column) for column in zip(*rows, strict=True)]
     note = ", ".join(f"{ratio:.0%} {mean:.0f}" for ratio, mean in zip((0, *RATIOS), means, strict=True))
     return [
@@ -179,14 +178,14 @@ class Outcome:
         return 100 * (self.shared.loss - which.loss) / (self.shared.loss - self.dense.loss)
 
 
-def train_students(subject: Subject, seed: int, steps: int, ratio: float = 0.5) -> Outcome:
-    """Four students of one teacher, each with as many updates."""
+def train_students(subject: Subject, seed: int, steps: int, batch: int = 8, ratio: float = 0.5) -> Outcome:
+    """Three students of one teacher, each with as many updates of ``batch`` stretches."""
     assert subject.train is not None
     teacher, layers = subject.model, subject.similarity.choose(ratio)
     last = steps // 5
 
     def stage(updates: int, **changes: Any) -> EchoAttStage:
-        return EchoAttStage(updates, lr=RATE, warmup=0.1, seed=seed, **changes)
+        return EchoAttStage(updates, batch, lr=RATE, warmup=0.1, seed=seed, **changes)
 
     def student() -> Any:
         return share_attention(teacher, layers).requires_grad_()
@@ -205,13 +204,14 @@ def train_students(subject: Subject, seed: int, steps: int, ratio: float = 0.5) 
 
 
 def training_findings(
-    name: str, subjects: Sequence[Subject], seeds: Sequence[int], steps: int, progress: Callable[[str], None]
+    name: str, subjects: Sequence[Subject], seeds: Sequence[int], settings: Settings
 ) -> list[Finding]:
     """Distillation and continued training of students with half of the layers sharing."""
+    steps, batch = (40, 4) if settings.quick else (300, 8)
     runs = []
     for subject, seed in zip(subjects, seeds, strict=True):
-        progress(f"students of {name}, seed {seed}")
-        runs.append(train_students(subject, seed, steps))
+        settings.progress(f"students of {name}, seed {seed}")
+        runs.append(train_students(subject, seed, steps, batch))
     kinds = ("dense", "shared", "distilled", "both", "continued", "soft_only")
     words = ("dense", "shared", "stage 1", "stages 1 and 2", "continued training only", "stage 1 without L_H")
     table = "; ".join(
@@ -227,7 +227,7 @@ def training_findings(
             lambda v: v > 0,
             paper=PAPER_TRAINING,
             unit="nats",
-            note=f"Loss in nats (right next tokens) after {steps} updates of 8 stretches: {table}. {RATE_NOTE}",
+            note=f"Loss in nats (right next tokens) after {steps} updates of {batch} stretches: {table}. {RATE_NOTE}",
         ),
         finding(
             f"The same for {name} in right next tokens.",

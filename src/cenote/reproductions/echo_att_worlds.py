@@ -6,7 +6,7 @@ import gzip
 import itertools
 import random
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,26 +51,34 @@ class Subject:
 
 def embedded(seed: int, data_dir: Path | None = None, length: int = 128, items: int = 24) -> Subject:
     """The shipped language model; with the novels it was trained on, judged on the last 5 % it never saw."""
-    model, tokenizer = load_embedded_language()
-
-    def stretches(text: str) -> Tensor:
-        ids = torch.tensor(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
-        return ids[: len(ids) // length * length].view(-1, length)
-
+    model, _ = load_embedded_language()
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(rows: Tensor, count: int) -> Tensor:
         return rows[torch.randperm(len(rows), generator=generator)[:count]]
 
     if data_dir is None or not (data_dir / BOOKS).is_file():
-        rows = drawn(stretches(evaluation_text()), 2 * items)
+        rows = drawn(_stretches(evaluation_text(), length), 2 * items)
         return Subject(model, rows[:items], rows[items:])
-    novels = [_text(path) for path in sorted((data_dir / BOOKS).parent.glob("*.txt.gz"))]
-    cuts = [(text, round(0.95 * len(text))) for text in novels]
-    learnt = stretches("\n\n".join(text[:cut] for text, cut in cuts))
-    unseen = drawn(stretches("\n\n".join(text[cut:] for text, cut in cuts)), items)
+    learnt, held_out = _novels((data_dir / BOOKS).parent, length)
+    unseen = drawn(held_out, items)
     train = drawn(learnt, 3000)
     return Subject(model, unseen, train[:items], train[items:])
+
+
+@cache
+def _novels(folder: Path, length: int) -> tuple[Tensor, Tensor]:
+    """Stretches of the first 95 % of each novel, and of the rest."""
+    novels = [_text(path) for path in sorted(folder.glob("*.txt.gz"))]
+    cuts = [(text, round(0.95 * len(text))) for text in novels]
+    learnt, held_out = ("\n\n".join(parts) for parts in zip(*((t[:cut], t[cut:]) for t, cut in cuts), strict=True))
+    return _stretches(learnt, length), _stretches(held_out, length)
+
+
+def _stretches(text: str, length: int) -> Tensor:
+    _, tokenizer = load_embedded_language()
+    ids = torch.tensor(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 def stories(data_dir: Path, length: int = 128) -> Subject:
@@ -134,7 +142,7 @@ def random_sets(layers: int, count: int, most: int, seed: int) -> list[tuple[int
     return every if len(every) <= most else random.Random(seed).sample(every, most)
 
 
-def retrieval(subject: Subject, shared: tuple[int, ...], seed: int, documents: int = 32, length: int = 384) -> float:
+def retrieval(subject: Subject, shared: tuple[int, ...], seed: int, documents: int, length: int = 384) -> float:
     """Share of planted facts that the embedded model finds, in per cent."""
     _, tokenizer = load_embedded_language()
     batch = PlantedFacts(tokenizer).batch(documents, length, seed=seed)
