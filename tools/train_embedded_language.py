@@ -65,7 +65,8 @@ class Settings:
     """What decides the weights; a checkpoint of other settings is refused.
 
     Each step holds ``tokens_per_step`` tokens, at least two documents. The tokens of the answers weigh
-    ``answer_weight`` in the loss, all others 1. ``lookup_layers`` start as :func:`start_with_lookup` says.
+    ``answer_weight`` in the loss, all others 1. ``lookup_layers`` start as :func:`start_with_lookup` says. After
+    ``steps`` steps on a cosine come ``long_steps`` at full length, in which ``long_lr`` falls to nothing.
     """
 
     steps: int = 4000
@@ -82,6 +83,9 @@ class Settings:
     answer_weight: float = 8.0
     lr: float = 3e-3
     warmup: int = 200
+    long: Stage = Stage(1.0, (1024, 2048, 2048), 0.5)
+    long_steps: int = 300
+    long_lr: float = 8e-4
     weight_decay: float = 0.1
     vocab: int = 1024
     hidden: int = 96
@@ -234,7 +238,7 @@ def stage_of(settings: Settings, step: int) -> Stage:
         passed += stage.share
         if step < round(passed * settings.steps):
             return stage
-    return settings.stages[-1]
+    return settings.long
 
 
 def make_batch(settings: Settings, corpus: Corpus, world: PlantedFacts, step: int) -> tuple[Tensor, Tensor]:
@@ -264,7 +268,10 @@ def make_batch(settings: Settings, corpus: Corpus, world: PlantedFacts, step: in
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, then a cosine to a hundredth."""
+    """Linear warm-up, then a cosine to a hundredth; behind it a short second rise and fall."""
+    if step >= settings.steps:
+        done = (step - settings.steps) / settings.long_steps
+        return settings.long_lr * min(1, 10 * done + 0.1) * (1 - done)
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
@@ -343,7 +350,8 @@ def train(
     world = PlantedFacts(tokenizer, corpus.novels)
     checkpoint = work / "checkpoint.safetensors"
     step = load_checkpoint(checkpoint, model, optimizer, settings) if checkpoint.exists() else 0
-    end = min(settings.steps, stop_after or settings.steps)
+    last = settings.steps + settings.long_steps
+    end = min(last, stop_after or last)
     started, tokens, losses = time.perf_counter(), 0, []
     model.train()
     while step < end:
@@ -356,7 +364,7 @@ def train(
         if step % 50 == 0:
             seconds = time.perf_counter() - started
             print(
-                f"step {step:5d} of {settings.steps}  length {ids.shape[1]:4d}  loss {sum(losses) / len(losses):.3f}  "
+                f"step {step:5d} of {last}  length {ids.shape[1]:4d}  loss {sum(losses) / len(losses):.3f}  "
                 f"{tokens / seconds:.0f} tokens/s  {seconds:.0f} s",
                 flush=True,
             )
@@ -365,7 +373,7 @@ def train(
             save_checkpoint(checkpoint, model, optimizer, settings, step)
             save_embedded_language(model, tokenizer, out)
             model.eval()
-            print(report(model, tokenizer, corpus, stage_of(settings, step).lengths), flush=True)
+            print(report(model, tokenizer, corpus, stage_of(settings, step - 1).lengths), flush=True)
             model.train()
     return model.eval()
 

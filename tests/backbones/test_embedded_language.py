@@ -162,7 +162,7 @@ def test_wrong_files_are_refused(loaded, tmp_path):
 def small(tool):
     stages = (tool.Stage(0.5, (64,), 0.5, 0.5), tool.Stage(0.5, (128,)))
     sizes = {"vocab": 512, "hidden": 32, "layers": 4, "heads": 2, "key_value_heads": 1, "mlp": 32, "context": 128}
-    settings = tool.Settings(steps=6, tokens_per_step=256, stages=stages, warmup=2, **sizes)
+    settings = tool.Settings(steps=6, tokens_per_step=256, stages=stages, warmup=2, long_steps=0, **sizes)
     novels = [training_descriptions()]
     tokenizer = tool.train_tokenizer(novels, settings.vocab)
     return settings, tool.make_corpus(novels, [evaluation_text()], tokenizer), tokenizer

@@ -29,7 +29,8 @@ class EchoAtt(Recipe):
     :func:`cenote.integrations.echo_att_model.share_attention`.
 
     Shared layers keep no keys in a cache that they are given, as by ``generate`` (a static cache has room for them,
-    which stays unused), so that a cache begun inside the block cannot be continued outside. Only layers that are copied from make their map explicitly.
+    which stays unused), so that a cache begun inside the block cannot be continued outside. Only layers that are copied
+    from make their map explicitly.
 
     Paper: "EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models" (arXiv 2409.14595). No official
     code was found. The paper prints blocks of ``k + 1`` layers where its text says ``k``; here a set of layers is

@@ -17,12 +17,14 @@ SETTINGS = {"llama", "tidal", "prompt_len", "decode_steps"}
 def run(case: Case) -> dict[str, Tensor]:
     if not case.target.startswith("LlamaForCausalLM"):
         raise ValueError(f"unknown target {case.target!r}")
-    unknown = (set(case.config) - SETTINGS) | (set(case.config["tidal"]) - set(NAMES))
-    if unknown:
-        raise ValueError(f"unknown settings {sorted(unknown)}")
+    wrong = (set(case.config) - SETTINGS) | (set(case.config["tidal"]) ^ set(NAMES))
+    if wrong:
+        raise ValueError(f"unknown or missing settings {sorted(wrong)}")
     recipe = TidalDecode(**{NAMES[name]: value for name, value in case.config["tidal"].items()})
     model = LlamaForCausalLM(LlamaConfig(**case.config["llama"], attn_implementation="sdpa")).eval()
-    model.load_state_dict(case.state)
+    missing, unexpected = model.load_state_dict(case.state, strict=False)
+    if unexpected or set(missing) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set()):
+        raise ValueError(f"the model has no {unexpected} and misses {missing}")
     prompt = case.config["prompt_len"]
     tokens = prompt + case.config["decode_steps"]
     ids, mask, places = (case.inputs[name][:, :tokens] for name in ("input_ids", "attention_mask", "position_ids"))
