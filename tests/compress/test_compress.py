@@ -139,7 +139,8 @@ def made_up(method, quality, time, budget=0.25):
     return Row(
         method=method, spec=method, budget=budget, quality=quality, quality_name="share", perplexity=10.0,
         agreement=0.9, kl=0.1, retrieval=0.5, retrieval_grid={}, prefill_ms=1.0, prefill_ms_spread=0.1,
-        decode_ms_per_token=1.0, decode_ms_spread=0.1, dense_prefill_ms=1.0, dense_decode_ms=1.0, request_ms=time, peak_bytes=1, cache_bytes=1,
+        decode_ms_per_token=1.0, decode_ms_spread=0.1, dense_prefill_ms=1.0, dense_decode_ms=1.0, request_ms=time,
+        peak_bytes=1, cache_bytes=1,
         weight_bytes=1, density=0.5, prefill_density=1.0, calibration_seconds=0.0,
     )  # fmt: skip
 

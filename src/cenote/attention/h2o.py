@@ -89,7 +89,9 @@ class EvictingLayer(PreallocatedLayer):
             kept = self.state.places < length
             count = kept.shape[2] - (self.seen - length)
             if not bool((kept.sum(dim=-1) == count).all()):
-                raise ValueError(f"h2o has dropped some of the last {self.seen - length} tokens: it cannot take them back")
+                raise ValueError(
+                    f"h2o has dropped some of the last {self.seen - length} tokens: it cannot take them back"
+                )
             self.keep(kept.byte().argsort(dim=-1, descending=True, stable=True)[..., :count])
             self.seen = length
 

@@ -90,6 +90,7 @@ class VisualAttentionRedistribution(Recipe):
                 f"{self.name} needs the model's sink dimensions: use recipe.calibrate(model, batches), or name a model "
                 f"whose are published ({', '.join(sorted(KNOWN))})"
             )
+        assert isinstance(self.sink_dimensions, tuple)
         width = int(host.config.hidden_size)
         if max(self.sink_dimensions) >= width or min(self.sink_dimensions) < 0:
             raise ValueError(f"sink dimensions {self.sink_dimensions} do not fit a residual stream of width {width}")

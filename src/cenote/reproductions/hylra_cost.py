@@ -74,8 +74,9 @@ class Decoding:
         self.model, self.keys, self.layers = LlamaForCausalLM(config).eval(), keys, layers
         self.recipe = HyLRA(top_k=max(6, round(keys * share) // 64) * 64, threshold=0)
         self.cache = DynamicCache(config=config)
-        self.cache.layers = [PreallocatedLayer(capacity=keys + 64) for _ in range(layers)]
-        for place in self.cache.layers:
+        self.places = [PreallocatedLayer(capacity=keys + 64) for _ in range(layers)]
+        self.cache.layers = list(self.places)
+        for place in self.places:
             place.update(*torch.randn(2, 1, heads, keys, 64).unbind())
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class Decoding:
         with nullcontext() if plan is None else replace(self.recipe, plan=plan)(self.model):
             for _ in range(count):
                 logits = self.model(token, use_cache=True, **cache_argument(self.cache)).logits
-        for place in self.cache.layers:
+        for place in self.places:
             place.crop(-count)
         return logits
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cenote.attention.hylra import HyLRA
 from cenote.attention.hylra_profile import ChunkSets, LayerStatistics
+from cenote.attention.plan import LayerPlan
 from cenote.compress.teacher_forced import teacher_forced_logits
 from cenote.integrations.attention_interface import redirected
 from cenote.ops.chunk_scores import TokenOrder
@@ -28,7 +29,7 @@ def exact_findings(model: Any, ids: Tensor) -> list[Finding]:
 def _limits(model: Any, ids: Tensor) -> list[Finding]:
     layers, prompt = model.config.num_hidden_layers, ids.shape[1] - 12
     base = HyLRA(top_k=64, chunk_size=4, threshold=0)
-    shared = ("select", *[0] * (layers - 1))
+    shared = LayerPlan(("select", *[0] * (layers - 1)))
 
     def decoded(recipe: HyLRA | None = None) -> Tensor:
         if recipe is None:
@@ -37,7 +38,7 @@ def _limits(model: Any, ids: Tensor) -> list[Finding]:
             return teacher_forced_logits(model, ids, prompt=prompt)
 
     dense = decoded()
-    own = decoded(replace(base, plan=("select",) * layers))
+    own = decoded(replace(base, plan=LayerPlan(("select",) * layers)))
     everything = replace(base, plan=shared, top_k=ids.shape[1] // 4 * 4 + 4)
     with redirected(model, _own_top_k(base), lazy_mask=True):
         expected = decoded()
