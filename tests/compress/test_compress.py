@@ -1,6 +1,7 @@
 """The whole comparison on a small input: rows, files, resuming, what is kept."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -24,11 +25,23 @@ SCHEMA = {
 }  # fmt: skip
 
 
+@functools.cache
+def tiny():
+    """A random model that reads what the embedded tokenizer writes."""
+    model = decoder(vocab_size=1024, num_hidden_layers=2, hidden_size=32, num_attention_heads=4)
+    return model, load_embedded_language()[1]
+
+
+def compare(**options):
+    model, tokenizer = tiny()
+    return compress(**{"model": model, "tokenizer": tokenizer, **SMALL, **options})
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     out = tmp_path_factory.mktemp("compress") / "out"
     methods = ["window", "h2o", "rtn", "window(budget=400)"]
-    return compress(methods=methods, budget=(0.25, 0.5), keep="window 0.5", out=out, **SMALL)
+    return compare(methods=methods, budget=(0.25, 0.5), keep="window 0.5", out=out)
 
 
 def test_rows_say_what_was_done(compared):
@@ -79,14 +92,14 @@ def test_finished_rows_are_not_measured_again(compared, monkeypatch):
         return real(self, name, budget, ready)
 
     monkeypatch.setattr(run._Meter, "row", row)
-    again = compress(methods=["window", "h2o"], budget=(0.25, 0.75), out=compared.folder, **SMALL)
+    again = compare(methods=["window", "h2o"], budget=(0.25, 0.75), out=compared.folder)
     assert asked == [("window", 0.75), ("h2o", 0.75)]
     before = {each.name: each for each in compared.rows}
     assert {r.name: r.kl for r in again.rows if r.name in before} == {
         name: before[name].kl for name in ("dense", "window 0.25", "h2o 0.25")
     }
     asked.clear()
-    compress(methods=["window"], budget=0.25, out=compared.folder, **{**SMALL, "steps": 5})
+    compare(methods=["window"], budget=0.25, out=compared.folder, steps=5)
     assert asked == [("dense", None), ("window", 0.25)]  # other inputs: nothing of the folder counts
 
 
@@ -100,16 +113,16 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Method, "ready", fail)
     with pytest.raises(KeyboardInterrupt):
-        compress(methods=["window", "h2o"], budget=0.25, out=tmp_path / "out", **SMALL)
+        compare(methods=["window", "h2o"], budget=0.25, out=tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
     assert len(list((tmp_path / "out" / "rows").iterdir())) == 2
     monkeypatch.setattr(Method, "ready", real)
-    result = compress(methods=["window", "h2o"], budget=0.25, out=tmp_path / "out", **SMALL)
+    result = compare(methods=["window", "h2o"], budget=0.25, out=tmp_path / "out")
     assert len(result.rows) == 3
 
 
 def test_a_kept_weight_method_gives_its_model(tmp_path):
-    result = compress(methods=["rtn"], budget=0.25, keep="rtn 0.25", out=tmp_path / "out", **SMALL)
+    result = compare(methods=["rtn"], budget=0.25, keep="rtn 0.25", out=tmp_path / "out")
     model = load_quantized(tmp_path / "out" / "model")
     assert not (tmp_path / "out" / "recipe").exists()
     assert type(model).__name__ == "LlamaForCausalLM"
@@ -124,7 +137,7 @@ def test_under_all_what_does_not_fit_is_listed(monkeypatch):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr("cenote.attention.hylra.HyLRA.calibrate", broken)
-    result = compress(budget=0.25, **SMALL)
+    result = compare(budget=0.25)
     assert dict(result.refused) == {
         "hylra": "RuntimeError: out of luck",
         "visual_attention_redistribution": "it moves attention between the tokens of an image, and the inputs are text",
@@ -132,7 +145,7 @@ def test_under_all_what_does_not_fit_is_listed(monkeypatch):
     assert [row.method for row in result.rows] == [DENSE]
     assert result.kept is None
     with pytest.raises(ValueError, match="tokens of an image"):
-        compress(methods=["visual_attention_redistribution"], budget=0.25, **SMALL)
+        compare(methods=["visual_attention_redistribution"], budget=0.25)
 
 
 def made_up(method, quality, time, budget=0.25):
@@ -140,8 +153,7 @@ def made_up(method, quality, time, budget=0.25):
         method=method, spec=method, budget=budget, quality=quality, quality_name="share", perplexity=10.0,
         agreement=0.9, kl=0.1, retrieval=0.5, retrieval_grid={}, prefill_ms=1.0, prefill_ms_spread=0.1,
         decode_ms_per_token=1.0, decode_ms_spread=0.1, dense_prefill_ms=1.0, dense_decode_ms=1.0, request_ms=time,
-        peak_bytes=1, cache_bytes=1,
-        weight_bytes=1, density=0.5, prefill_density=1.0, calibration_seconds=0.0,
+        peak_bytes=1, cache_bytes=1, weight_bytes=1, density=0.5, prefill_density=1.0, calibration_seconds=0.0,
     )  # fmt: skip
 
 
@@ -195,19 +207,19 @@ def test_peak_memory_counts_what_a_prompt_needs():
 )  # fmt: skip
 def test_bad_input_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        compress(**{"methods": ["window"], "budget": 0.25, **SMALL, **options})
+        compare(**{"methods": ["window"], "budget": 0.25, **options})
 
 
 def test_texts_too_short_and_folders_of_others_are_refused(tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     with pytest.raises(ValueError, match="give a longer text or a smaller context"):
-        compress(methods=["window"], text=short, **SMALL)
+        compare(methods=["window"], text=short)
     short.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-8"):
-        compress(methods=["window"], text=short, **SMALL)
+        compare(methods=["window"], text=short)
     with pytest.raises(ValueError, match="holds no comparison"):
-        compress(methods=["window"], out=tmp_path, **SMALL)
-    model, _ = load_embedded_language()
+        compare(methods=["window"], out=tmp_path)
+    model, _ = tiny()
     with pytest.raises(ValueError, match="needs its tokenizer"):
         compress(model, methods=["window"], **SMALL)

@@ -46,7 +46,7 @@ def render(result: CompressResult) -> str:
         "budget": budget_chart(rows),
         "grids": _grids(rows),
         "refused": result.refused,
-        "notes": [*result.notes, *(f"{row.name}: {row.note}" for row in rows if row.note)],
+        "notes": [*result.notes, *_row_notes(rows)],
         "settings": [(key.replace("_", " "), _show(value)) for key, value in result.settings.items()],
         "quality_name": rows[0].quality_name,
     }
@@ -134,11 +134,20 @@ def _sentences(result: CompressResult) -> list[str]:
 
 def _ratio(speedup: float) -> str:
     """``"1.8 times less time"``."""
-    return (
-        f"{words.number(speedup, 2)} times less time"
-        if speedup >= 1
-        else f"{words.number(1 / speedup, 2)} times as long"
-    )
+    if 0.95 < speedup < 1.05:
+        return "as long"
+    if speedup > 1:
+        return f"{words.number(speedup, 2)} times less time"
+    return f"{words.number(1 / speedup, 2)} times as long"
+
+
+def _row_notes(rows: Sequence[Row]) -> list[str]:
+    """What rows say of themselves, rows that say the same together."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            said.setdefault(row.note, []).append(row.name)
+    return [f"{', '.join(sorted(names))}: {note}" for note, names in said.items()]
 
 
 def _tiles(result: CompressResult) -> list[tuple[str, str]]:
