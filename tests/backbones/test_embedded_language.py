@@ -26,8 +26,8 @@ from cenote.backbones.embedded_language import (
 )
 from cenote.worlds.planted_facts import PlantedFacts, accuracy, generation_accuracy
 
-PERPLEXITY = 60.0  # of the held-out descriptions
-FOUND = [(256, 16, 0.7), (1024, 8, 0.5)]  # length, documents a depth, least share of answers
+PERPLEXITY = 48.0  # of the held-out descriptions
+FOUND = [(256, 16, 0.9), (1024, 8, 0.75), (2048, 4, 0.5)]  # length, documents a depth, least share of answers
 TOOL = Path(__file__).parents[2] / "tools" / "train_embedded_language.py"
 
 

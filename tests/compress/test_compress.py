@@ -202,7 +202,7 @@ def test_peak_memory_counts_what_a_prompt_needs():
         ({"steps": 0}, "steps must be at least 1"), ({"loss": 1.0}, "loss < 1"), ({"depths": (2.0,)}, "depths"),
         ({"keep": "quest 0.5"}, "keep names one of"), ({"methods": ["windw"]}, "did you mean window"),
         ({"model": "no/such/model"}, "cannot load"), ({"text": "x", "data": "y"}, "not both"),
-        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"model": "embedded", "dtype": "int8"}, "dtype must be one of"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(options, message):

@@ -37,7 +37,11 @@ def load_embedded_language(
 
     The shipped one is a Llama of 8 layers, 96 channels and 6 query over 3 key-value heads, for up to 2048 tokens of a
     byte-level byte-pair vocabulary of 1024. It was trained on four public-domain novels, on a part of scikit-learn's
-    data set descriptions and on :mod:`~cenote.worlds.planted_facts`, whose questions it answers.
+    data set descriptions and on :mod:`~cenote.worlds.planted_facts`, of whose questions (8 facts) it answers nearly all
+    up to 512 tokens, about 95 % at 1024 and 80 % at 2048.
+
+    Its training did not find looking back by itself: the heads of layers 0 and 3 started from weights set by hand for
+    it (the tool's ``start_with_lookup``). A finding about *where* this model retrieves is partly a finding about that.
 
     Args:
         path: a ``.safetensors`` file with its ``.json`` (configuration and tokenizer) beside it, or a folder that holds
