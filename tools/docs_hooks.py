@@ -49,6 +49,7 @@ REFERENCE = {
                "mixing.poolformer", "mixing.poolformer_keys", "mixing.halonet", "mixing.tap", "mixing.rvt",
                "mixing.fan", "mixing.regressor"),
     "worlds": ("worlds.base", "worlds.recall", "worlds.copying", "worlds.listops", "worlds.characters",
+               "worlds.planted_facts",
                "worlds.models", "worlds.training", "worlds.linear_regression", "worlds.linear_regression_theory",
                "worlds.regression_attention", "worlds.regression_reduction", "worlds.induction",
                "worlds.induction_training", "worlds.induction_theory"),

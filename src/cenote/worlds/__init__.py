@@ -11,6 +11,7 @@ _PLACES = {
     "InductionNetwork": "induction",
     "LinearRegression": "linear_regression",
     "ListOps": "listops",
+    "PlantedFacts": "planted_facts",
     "RegressionAttention": "regression_attention",
     "SequenceModel": "models",
     "Sequences": "base",
