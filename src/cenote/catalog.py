@@ -338,7 +338,7 @@ SYSTEMS: tuple[System, ...] = (
         "2410.13276",
         "attention",
         "A small learned gate predicts which blocks of the attention map matter and skips the others.",
-        "cenote.attention:SeerAttention",
+        "cenote.attention.seer_attention:SeerAttention",
         hosts=("Llama- and Qwen-type decoders",),
     ),
     System(
@@ -387,7 +387,7 @@ SYSTEMS: tuple[System, ...] = (
         "2410.05076",
         "attention",
         "Two layers choose the key positions and all following layers of a decoding step reuse them.",
-        "cenote.attention:TidalDecode",
+        "cenote.attention.tidal_decode:TidalDecode",
         hosts=("Llama-, Mistral-, Qwen- and Gemma-type decoders",),
     ),
     System(
