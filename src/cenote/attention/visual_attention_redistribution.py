@@ -15,6 +15,7 @@ from cenote.attention.host import Host
 from cenote.attention.sink_dimensions import KNOWN, find_sink_dimensions
 from cenote.ops.attention_sinks import redistribute_attention, sink_scores
 from cenote.ops.attention_statistics import map_rows
+from cenote.ops.shared_attention import apply_map
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class RedistributionSession(Session):
                 moved=recipe.moved, rho=recipe.rho, min_mass=recipe.min_mass, head_rule=recipe.head_rule,
                 needs_visual_sink=recipe.needs_visual_sink,
             )  # fmt: skip
-            outputs.append(_weigh(after.weights, value))
+            outputs.append(apply_map(after.weights.to(value.dtype), value))
             for kept, new in ((self.moved, after.moved), (self.selected, after.selected)):
                 kept[call.layer] = torch.cat([kept[call.layer], new], 2) if call.layer in kept else new
         return torch.cat(outputs, dim=2)
@@ -223,12 +224,6 @@ class RedistributionSession(Session):
     def _rows(image: Tensor, offset: int) -> Tensor:
         """Queries that may change: those that are no image and have some of it before them."""
         return (~image & (image.cumsum(dim=1) > 0))[:, offset:]
-
-
-def _weigh(weights: Tensor, value: Tensor) -> Tensor:
-    batch, heads, queries, keys = weights.shape
-    grouped = weights.to(value.dtype).reshape(batch, value.shape[1], -1, keys)
-    return (grouped @ value).reshape(batch, heads, queries, -1)
 
 
 def published(dimensions: Sequence[int], **settings: Any) -> VisualAttentionRedistribution:
